@@ -1,0 +1,649 @@
+"""Pictures: an autoencoder that spends the bits, and a diffusion model that draws what they could not pay for.
+
+A small, complete implementation of "High-Fidelity Image Compression with Score-based Generative Models"
+(Hoogeboom, Agustsson, Mentzer, Versari, Toderici, Theis 2023, arXiv 2305.18231), called HFD. Two stages:
+
+    x --encoder--> y --round--> k --range coder--> file --> k --decoder--> x_hat --diffusion--> x_sample
+
+1. An autoencoder, trained for rate + lambda * MSE and nothing else. Its picture x_hat is right but blurry: the best guess
+   under squared error is an average over everything that the bits leave open.
+2. A conditional diffusion model, trained to sample x given x_hat. It costs no bits at all.
+
+The file goes in that order: working in tiles, the autoencoder, the noise schedule, the U-Net, the loss,
+the samplers. Symbols are the paper's: x image, y latent, x_hat reconstruction, t in [0, 1] time, z_t noisy
+image, eps noise, v velocity, alpha_t and sigma_t the scales of signal and noise, log_snr their log ratio.
+Pictures are float tensors (B, 3, H, W), RGB, in [-1, 1].
+"""
+import hashlib
+import math
+import os
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from entropy import FactorizedPrior, Tables, freeze
+
+# ------------------------------------------------------------------------------------------------------
+# Working in tiles
+# ------------------------------------------------------------------------------------------------------
+
+CELL = 16   # pixels per latent sample and side. Every network's total stride divides it; pictures are padded to it.
+
+
+def apply_tiled(f, inputs, out, tile=512, context=160):
+    """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
+
+    Our networks are convolutions without attention and without normalisation over space. Such a network is
+    a local rule: an output pixel depends on inputs at most one *receptive field radius* away. So a tile
+    evaluated together with `context` pixels around it is, once the context is cropped off again, exactly the
+    tile of the whole picture, if context >= radius. The windows end at the picture's own edges, where
+    the convolutions pad with zeros just as they would for the whole.
+
+    inputs: tensors (B, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture
+    of ceil-to-CELL size. tile, context: pixels, rounded up to whole cells (this keeps windows aligned with the strides).
+    """
+    tile, context = max(1, -(-tile // CELL)), -(-context // CELL)                               # now in cells
+    rows, cols = (min(t.shape[d] for t in (*inputs, out)) for d in (-2, -1))
+    cells = CELL // (max(t.shape[-2] for t in (*inputs, out)) // rows)                          # 1 if a latent is among
+    rows, cols = rows // cells, cols // cells                                                   # them, else CELL
+
+    def cut(t, top, bottom, left, right):
+        s = t.shape[-2] // rows                                                                 # samples per cell
+        return t[..., top * s:bottom * s, left * s:right * s]
+
+    for i in range(0, rows, tile):
+        for j in range(0, cols, tile):
+            end_i, end_j = min(i + tile, rows), min(j + tile, cols)
+            top, left = max(i - context, 0), max(j - context, 0)
+            window = top, min(end_i + context, rows), left, min(end_j + context, cols)
+            s = out.shape[-2] // rows
+            result = f(*(cut(t, *window) for t in inputs))
+            cut(out, i, end_i, j, end_j).copy_(
+                result[..., (i - top) * s:(end_i - top) * s, (j - left) * s:(end_j - left) * s])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------
+# Stage 1: the autoencoder
+# ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class AutoencoderConfig:
+    """What rebuilds an Autoencoder. One entry of `lambdas` per quality level: the price of squared error, in
+    bits per pixel for one unit of MSE on the scale 0..255. Widths and blocks per stage, at 1/2, 1/4, 1/8, 1/16."""
+    lambdas: tuple = (0.0009, 0.0019, 0.0039, 0.0081, 0.0168, 0.035)
+    latents: int = 320
+    widths: tuple = (32, 64, 128, 160)
+    blocks: tuple = (0, 1, 2, 2)
+
+
+def transform_basis(count):
+    """The `count` most important functions of an orthonormal colour + lapped transform, shape (count, 3, 32, 32).
+
+    Start from what is known. JPEG's idea (Ahmed, Natarajan & Rao 1974): rotate the colours so that most energy is in one
+    channel, then expand each block of pixels in cosines (DCT); photographs put nearly all their energy into few of the
+    coefficients. The colour rotation here is a DCT of (R, G, B) too: grey, red - blue, green - magenta.
+
+    Blocks show their edges at low rates, so JPEG's blocks are replaced by functions twice as wide that overlap
+    by half and still form an orthonormal basis: the lapped orthogonal transform (Malvar & Staelin 1989). Its recipe: the even
+    and odd cosines of a block, subtracted, vanish at one end, so that together with their mirror image in the
+    neighbouring block they fade in and out; then one more rotation packs the energy.
+
+    Energy of what? Neighbouring pixels of a photograph have a correlation of about 0.95, so model a row of
+    pixels as a first-order Markov chain, covariance 0.95^|i - j|, in both directions independently. The expected energy of
+    a product function is then the product of the energies; colour gets a twentieth of grey's."""
+    n = torch.arange(CELL, dtype=torch.float64)
+    dct = torch.cos(math.pi / CELL * (n + 0.5) * n[:, None]) * math.sqrt(2 / CELL)              # (frequency, pixel)
+    dct[0] /= math.sqrt(2)
+    fade = (dct[0::2] - dct[1::2]) / 2                                                          # (8, 16)
+    lapped = torch.cat([torch.cat([fade, fade.flip(1)], 1), torch.cat([fade, -fade.flip(1)], 1)])  # (16, 32)
+    wide = torch.arange(2 * CELL, dtype=torch.float64)
+    covariance = 0.95 ** (wide - wide[:, None]).abs()                                           # (32, 32)
+    energy, rotation = torch.linalg.eigh(lapped @ covariance @ lapped.T)                        # (16,), (16, 16)
+    lapped = rotation.T @ lapped
+    colour = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
+    colour = colour / colour.norm(dim=1, keepdim=True)                                          # (3, RGB)
+    importance = torch.tensor([1, 0.05, 0.05])[:, None, None] * energy[:, None] * energy        # (3, 16, 16)
+    chosen = importance.flatten().argsort(descending=True)[:count]
+    c, u, v = chosen // CELL ** 2, chosen // CELL % CELL, chosen % CELL                         # each (count,)
+    return torch.einsum("mc,mi,mj->mcij", colour[c], lapped[u], lapped[v]).float()              # (count, 3, 32, 32)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(relu(x)))), with a gain per channel and quality level in the middle.
+
+    The gain is all that tells the transforms how coarsely this image is quantized."""
+
+    def __init__(self, width, levels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(levels, width))
+
+    def forward(self, x, q):
+        h = self.conv1(F.relu(x)) * self.gain[q][:, :, None, None].to(x.dtype)                  # (B, C, h, w)
+        return x + self.conv2(F.relu(h))
+
+
+class Transform(nn.Module):
+    """A linear path plus a deep one. `Analysis` and `Synthesis` differ in the direction only.
+
+    The linear path is one convolution and starts as a transform codec that works. The deep path has four stride-2 stages of
+    residual blocks, like the transforms of ELIC (He et al. 2022); its last layer starts at zero, so that all it
+    ever does is improve on the linear one."""
+
+    def run(self, layers, h, q):
+        for layer in layers:
+            h = layer(h, q) if isinstance(layer, ResidualBlock) else layer(h)
+        return h
+
+
+class Analysis(Transform):
+    """Picture (B, 3, H, W) to latent y (B, M, H/16, W/16). Strides come from `PixelUnshuffle`: each 2x2 square of
+    pixels becomes one pixel of four times the channels, so that no convolution runs at full resolution."""
+
+    def __init__(self, config, basis):
+        super().__init__()
+        self.linear = nn.Conv2d(3, config.latents, 2 * CELL, stride=CELL, padding=CELL // 2)
+        self.linear.weight.data.copy_(basis)
+        nn.init.zeros_(self.linear.bias)
+        layers, width = [], 3
+        for w, n in zip(config.widths, config.blocks):
+            layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * width, w, 3, padding=1)]
+            layers += [ResidualBlock(w, len(config.lambdas)) for _ in range(n)]
+            width = w
+        layers += [nn.ReLU(), nn.Conv2d(width, config.latents, 1)]
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+        self.deep = nn.ModuleList(layers)
+
+    def forward(self, x, q):
+        x = x.contiguous(memory_format=torch.channels_last)                                     # (B, 3, H, W)
+        return self.linear(x).float() + self.run(self.deep, x, q).float()                       # (B, M, H/16, W/16)
+
+
+class Synthesis(Transform):
+    """Latent y_hat (B, M, h, w) to reconstruction x_hat (B, 3, 16 h, 16 w). The transpose of an orthonormal
+    matrix is its inverse, so the linear path starts from the same basis."""
+
+    def __init__(self, config, basis):
+        super().__init__()
+        self.linear = nn.ConvTranspose2d(config.latents, 3, 2 * CELL, stride=CELL, padding=CELL // 2)
+        self.linear.weight.data.copy_(basis)
+        nn.init.zeros_(self.linear.bias)
+        width = config.widths[-1]
+        layers = [nn.Conv2d(config.latents, width, 3, padding=1)]
+        for w, n in zip((config.widths[-2::-1] + (3,)), config.blocks[::-1]):
+            layers += [ResidualBlock(width, len(config.lambdas)) for _ in range(n)]
+            layers += [nn.Conv2d(width, 4 * w, 3, padding=1), nn.PixelShuffle(2)]
+            width = w
+        nn.init.zeros_(layers[-2].weight)
+        nn.init.zeros_(layers[-2].bias)
+        self.deep = nn.ModuleList(layers)
+
+    def forward(self, y, q):
+        y = y.contiguous(memory_format=torch.channels_last)                                     # (B, M, h, w)
+        return self.linear(y).float() + self.run(self.deep, y, q).float()                       # (B, 3, 16 h, 16 w)
+
+
+class Autoencoder(nn.Module):
+    """Transforms, quantization steps and prior: everything about the bits. One model for the whole rate-distortion curve.
+
+    The paper trains one autoencoder per rate. Here one serves all quality levels q = 0 .. Q-1: level q quantizes
+    channel m with a step of its own, step[q, m]; coarse steps give few bits. The prior is continuous, so
+    it knows the probabilities for every step.
+    """
+
+    def __init__(self, config=AutoencoderConfig()):
+        super().__init__()
+        self.config = config
+        basis = transform_basis(config.latents)
+        self.analysis, self.synthesis = Analysis(config, basis), Synthesis(config, basis)
+        self.prior = FactorizedPrior(config.latents)
+        # Which steps to start from: at high rate, a coefficient quantized with step d costs h - log2 d bits and has
+        # the squared error d^2 / 12. Setting the derivative of rate + price * error to zero: d^2 = 6 / (price ln 2).
+        # The transform is orthonormal, so that errors in y are errors in x; `price` is lambda in units of a [-1, 1] channel.
+        price = torch.tensor(config.lambdas) * 127.5 ** 2 / 3
+        self.log_step = nn.Parameter((0.5 * torch.log(6 / (price * math.log(2))))[:, None].repeat(1, config.latents))
+        self.register_buffer("residual_std", torch.zeros(len(config.lambdas)))                  # (Q,) rms of x - x_hat
+
+    def forward(self, x, q):
+        """The training objective. x: (B, 3, H, W) in [-1, 1], H and W multiples of 16; q: (B,) levels.
+
+        Returns a dict of (B,) tensors: `loss`, `bpp` (estimated bits per pixel), `mse` (per channel, on the scale 0..255).
+        """
+        y = self.analysis(x, q)                                                                 # (B, M, h, w)
+        step = self.log_step[q].exp()[:, :, None, None]                                         # (B, M, 1, 1)
+        # Rounding has no gradient. For the rate, uniform noise as wide as a step stands in for it (Balle et al. 2017):
+        # the noisy latent's density at y is the bin probability that the coder will see, smoothed.
+        noisy = y + step * (torch.rand_like(y) - 0.5)
+        bpp = self.prior.bits(noisy, step).sum(dim=(1, 2, 3)) / (x.shape[-2] * x.shape[-1])     # (B,)
+        # The decoder must see what it will see in earnest, truly rounded values; the gradient passes straight through
+        # to y / step. So step is pushed by both: the rate wants it wide, the error wants it narrow.
+        u = y / step
+        y_hat = step * (u + (u.round() - u).detach())                                           # (B, M, h, w)
+        x_hat = self.synthesis(y_hat, q)                                                        # (B, 3, H, W)
+        mse = (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2                             # (B,)
+        lambdas = torch.tensor(self.config.lambdas, device=x.device)
+        # Levels cost from 0.1 to 1 bit per pixel. Dividing by sqrt(lambda) lets a per cent weigh about the same at each.
+        weight = (lambdas.mean() / lambdas[q]).sqrt()
+        return {"loss": weight * (bpp + lambdas[q] * mse), "bpp": bpp, "mse": mse}
+
+    @torch.no_grad()
+    def encode(self, x, q, tile=512):
+        """Picture (1, 3, H, W) in [-1, 1], sides multiples of 16, to its integer latent k (1, M, H/16, W/16), int32."""
+        y = x.new_empty(1, self.config.latents, x.shape[-2] // CELL, x.shape[-1] // CELL)
+        level = torch.tensor([q], device=x.device)
+        apply_tiled(lambda window: self.analysis(window, level), [x], y, tile)
+        return (y / self.log_step[q].exp()[:, None, None]).round().int()
+
+    @torch.no_grad()
+    def decode(self, k, q, tile=512):
+        """Integer latent k (1, M, h, w) to the reconstruction x_hat (1, 3, 16 h, 16 w), in [-1, 1]."""
+        y_hat = k * self.log_step[q].exp()[:, None, None]                                       # (1, M, h, w)
+        x_hat = y_hat.new_empty(1, 3, CELL * k.shape[-2], CELL * k.shape[-1])
+        level = torch.tensor([q], device=k.device)
+        return apply_tiled(lambda window: self.synthesis(window, level), [y_hat], x_hat, tile).clamp_(-1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Noise
+# ------------------------------------------------------------------------------------------------------
+# Diffusion (Sohl-Dickstein et al. 2015; Ho et al. 2020) destroys a picture gradually and learns to go back:
+#
+#     z_t = alpha_t x + sigma_t eps,   eps ~ N(0, I),   alpha_t^2 + sigma_t^2 = 1   ("variance preserving")
+#
+# All that matters about time is the ratio of signal to noise, log_snr = log(alpha^2 / sigma^2), which falls
+# from very clean (t = 0) to pure noise (t = 1). Which t sees which ratio is the *schedule*.
+
+
+def log_snr_at(t, eta):
+    """The shifted cosine schedule: log_snr(t; eta) = -2 log(eta * tan(pi t / 2)), clamped to +-15 at the ends.
+
+    eta = 1 is the cosine schedule (Nichol & Dhariwal 2021; in this form Kingma et al. 2021). A factor eta on sigma / alpha
+    moves all of it by -2 log eta. HFD (paper, section on the noise schedule) uses eta = 0.5, *less* noise: x_hat already
+    holds the global structure, and what is left to decide is fine detail, which little noise is enough to hide. (Text to image
+    shifts the other way, Hoogeboom et al. 2023: there the structure must be invented too.)
+
+    t: float or tensor in [0, 1]. Returns a tensor of its shape."""
+    t = torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
+    return (-2 * torch.log(eta * torch.tan(math.pi / 2 * t.clamp(1e-8, 1 - 1e-8)))).clamp(-15, 15)
+
+
+def alpha_sigma(log_snr):
+    """(alpha, sigma) of a log signal-to-noise ratio: alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr)."""
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Stage 2: the denoiser
+# ------------------------------------------------------------------------------------------------------
+
+
+class ChannelNorm(nn.Module):
+    """Divide each pixel by the root mean square of its own channels (RMSNorm, Zhang & Sennrich 2019).
+
+    Group norm, the usual choice, averages over all pixels, so that every output pixel would depend on the whole picture
+    and no patch could be computed by itself."""
+
+    def forward(self, x):
+        return x * (x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt()                        # (B, C, h, w)
+
+
+class UNetBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut. The conditioning sets a scale and a shift per channel in between (FiLM,
+    Perez et al. 2018); the second convolution starts at zero, so that the block starts as the identity."""
+
+    def __init__(self, width, conditioning):
+        super().__init__()
+        self.norm = ChannelNorm()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Linear(conditioning, 2 * width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x, c):
+        scale, shift = self.film(c)[:, :, None, None].chunk(2, dim=1)                           # (B, C, 1, 1) each
+        h = self.conv1(F.silu(self.norm(x)))                                                    # (B, C, h, w)
+        h = self.norm(h) * (1 + scale) + shift
+        return x + self.conv2(F.silu(h))
+
+
+class UNet(nn.Module):
+    """A compact U-Net (Ronneberger et al. 2015): down to 1/8 resolution and up again, with additive shortcuts.
+
+    No attention and nothing that mixes distant pixels: see `apply_tiled` for what that buys. It begins by folding
+    2x2 pixels into channels, so that no convolution runs at full resolution."""
+
+    def __init__(self, inputs, widths, blocks, levels, conditioning=256):
+        super().__init__()
+        self.level = nn.Embedding(levels, conditioning)
+        self.embed = nn.Sequential(nn.Linear(64, conditioning), nn.SiLU(), nn.Linear(conditioning, conditioning))
+        stack = lambda width: nn.ModuleList(UNetBlock(width, conditioning) for _ in range(blocks))
+        pairs = list(zip(widths, widths[1:]))
+        self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * inputs, widths[0], 3, padding=1))
+        self.down = nn.ModuleList(stack(w) for w in widths)
+        self.shrink = nn.ModuleList(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1)) for a, b in pairs)
+        self.up = nn.ModuleList(stack(w) for w in widths)
+        self.grow = nn.ModuleList(nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in pairs)
+        self.head = nn.Sequential(ChannelNorm(), nn.Conv2d(widths[0], 4 * 3, 3, padding=1), nn.PixelShuffle(2))
+        nn.init.zeros_(self.head[1].weight)
+        nn.init.zeros_(self.head[1].bias)
+
+    def forward(self, x, log_snr, q):
+        """x: (B, inputs, H, W), sides multiples of 8; log_snr: (B,); q: (B,) levels. Returns (B, 3, H, W)."""
+        # Sines and cosines of log_snr, from slow to fast, let a small network tell nearby noise levels apart.
+        angles = log_snr[:, None] * torch.logspace(-1.5, 0.5, 32, device=x.device)              # (B, 32)
+        c = F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.level(q))  # (B, conditioning)
+        h, shortcuts = self.stem(x.contiguous(memory_format=torch.channels_last)), []           # (B, C0, H/2, W/2)
+        for i, stack in enumerate(self.down):
+            for block in stack:
+                h = block(h, c)                                                                 # (B, Ci, H/2^(i+1), ..)
+            if i < len(self.shrink):
+                shortcuts.append(h)
+                h = self.shrink[i](h)
+        for i in reversed(range(len(self.up))):
+            if i < len(self.grow):
+                h = self.grow[i](h) + shortcuts.pop()
+            for block in self.up[i]:
+                h = block(h, c)
+        return self.head(h).float()                                                             # (B, 3, H, W)
+
+
+ENERGY_LEVELS = 8   # of the HFD+ map: powers of two of the residual's expected energy, from 2^-4 to 2^3
+
+
+def residual_energy(x, x_hat, std, block):
+    """The HFD+ map (paper, section on HFD+): how much detail the reconstruction lacks, block by block, in 8 levels.
+
+    x, x_hat: (B, 3, H, W); std: (B,), the rms residual that the level usually has; block: pixels, a power of two.
+    Returns (B, 1, ceil(H / block), ceil(W / block)) integers 0..7: 4 + log2(mean square residual / std^2), rounded."""
+    energy = (x - x_hat).square().mean(dim=1, keepdim=True)                                     # (B, 1, H, W)
+    energy = F.avg_pool2d(energy, block, ceil_mode=True)                                        # (B, 1, H/block, W/block)
+    ratio = energy / std[:, None, None, None] ** 2
+    return (4 + torch.log2(ratio + 1e-9)).round().clamp(0, ENERGY_LEVELS - 1)
+
+
+@dataclass
+class DiffusionConfig:
+    """What rebuilds a Diffusion. `levels`: the autoencoder's quality levels; eta: shift of the training schedule."""
+    levels: int = 6
+    widths: tuple = (48, 96, 192)
+    blocks: int = 2
+    eta: float = 0.1
+    preconditioned: bool = True
+
+
+class Diffusion(nn.Module):
+    """The conditional denoiser: what it predicts, how it is trained, how it is asked.
+
+    It predicts the velocity v = alpha eps - sigma x (Salimans & Ho 2022), from which both follow:
+    x = alpha z - sigma v and eps = sigma z + alpha v. Predicting x is hopeless without noise, predicting eps without
+    signal; v is well defined at both ends.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.net = UNet(3 + 3 + 2, config.widths, config.blocks, config.levels)
+        self.register_buffer("residual_std", torch.full((config.levels,), 0.1))                 # (Q,) rms of x - x_hat
+
+    def _inputs(self, z, x_hat, energy):
+        """z and x_hat with the two HFD+ planes, (B, 8, H, W): the map, scaled to about +-1, and whether there is one."""
+        if energy is None:
+            planes = z.new_zeros(z.shape[0], 2, *z.shape[2:])
+        else:                                                       # negative marks "no map for this picture"
+            energy = F.interpolate(energy, size=z.shape[2:], mode="nearest")
+            planes = torch.cat([(energy - 4) / 4 * (energy >= 0), (energy >= 0).to(z.dtype)], dim=1)
+        return torch.cat([z, x_hat, planes], dim=1)
+
+    def split(self, z, x_hat, log_snr, q):
+        """What is known of v in closed form: (mean, std, whitened residual), so that v = mean + std * (something of size 1).
+
+        Suppose x ~ N(x_hat, s^2), independently for each pixel: all that the autoencoder's error s says. Then
+        d = z - alpha x_hat has variance S = alpha^2 s^2 + sigma^2, and by the rules for Gaussians
+            E[v | z] = alpha sigma (1 - s^2) d / S - sigma x_hat,     std[v | z] = s / sqrt(S).
+        This is preconditioning (Karras et al. 2022, section 5), centred on x_hat. As the autoencoder starts from a
+        DCT, so the denoiser starts from here: with the network still at zero it already is the best denoiser
+        that knows s and nothing about pictures."""
+        log_snr, s = log_snr[:, None, None, None], self.residual_std[q][:, None, None, None]    # (B, 1, 1, 1)
+        alpha, sigma = alpha_sigma(log_snr)
+        d, S = z - alpha * x_hat, alpha ** 2 * s ** 2 + sigma ** 2
+        return alpha * sigma * (1 - s ** 2) * d / S - sigma * x_hat, s / S.sqrt(), d / S.sqrt()
+
+    def velocity(self, z, x_hat, log_snr, q, energy=None):
+        """The network's v for z_t = z. z, x_hat: (B, 3, H, W); log_snr, q: (B,); energy: HFD+ map or None."""
+        if not self.config.preconditioned:
+            return self.net(self._inputs(z, x_hat, energy), log_snr, q)
+        mean, std, whitened = self.split(z, x_hat, log_snr, q)
+        return mean + std * self.net(self._inputs(whitened, x_hat, energy), log_snr, q)         # (B, 3, H, W)
+
+    def predict_x(self, z, x_hat, log_snr, q, energy=None):
+        """The expected picture E[x | z_t, x_hat] = alpha z - sigma v. Shapes as `velocity`."""
+        alpha, sigma = alpha_sigma(log_snr[:, None, None, None])
+        return alpha * z - sigma * self.velocity(z, x_hat, log_snr, q, energy)
+
+    def forward(self, x, x_hat, q):
+        """The training objective: mean squared error on v, t uniform (paper, section on the loss). Returns a scalar.
+
+        x, x_hat: (B, 3, H, W) in [-1, 1]; q: (B,). In the preconditioned form the error is measured in units
+        of the closed form's std: 1 means that the network adds nothing to it."""
+        B = len(x)
+        # One uniform number, spread evenly over the batch: every step sees all times (Kingma et al. 2021).
+        t = (torch.rand((), device=x.device) + torch.arange(B, device=x.device) / B) % 1        # (B,)
+        log_snr = log_snr_at(t, self.config.eta)
+        alpha, sigma = alpha_sigma(log_snr[:, None, None, None])                                # (B, 1, 1, 1)
+        eps = torch.randn_like(x)
+        z, v = alpha * x + sigma * eps, alpha * eps - sigma * x                                 # (B, 3, H, W)
+        # HFD+: half of the pictures come with a map, in blocks of 16, 32 or 64, the others without.
+        block = 16 << int(torch.randint(3, ()))
+        energy = residual_energy(x, x_hat, self.residual_std[q], block)
+        energy = torch.where(torch.rand(B, 1, 1, 1, device=x.device) < 0.5, energy, torch.full_like(energy, -1))
+        std = self.split(z, x_hat, log_snr, q)[1] if self.config.preconditioned else 1.0
+        return ((self.velocity(z, x_hat, log_snr, q, energy) - v) / std).square().mean()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Samplers
+# ------------------------------------------------------------------------------------------------------
+# Going back from t to a smaller s. Both rules take z = z_t and the denoiser's x, and work in place: z may be large.
+
+
+def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
+    """Ancestral sampling (Ho et al. 2020, in the form of Kingma et al. 2021): draw from
+    q(z_s | z_t, x) = N(alpha_s ((1 - c) z_t / alpha_t + c x), sigma_s^2 c),  c = 1 - SNR_t / SNR_s."""
+    (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
+    c = -torch.expm1(log_snr_t - log_snr_s)             # expm1, since for small steps 1 - ratio would cancel
+    z.mul_(alpha_s * (1 - c) / alpha_t).add_(x, alpha=float(alpha_s * c))
+    return z.add_(noise(), alpha=float(sigma_s * c.sqrt()))
+
+
+def ddim_step(z, x, log_snr_t, log_snr_s, noise):
+    """DDIM (Song, Meng & Ermon 2021): keep the noise that z_t implies, eps = (z_t - alpha_t x) / sigma_t, and put
+    less of it back, z_s = alpha_s x + sigma_s eps. Nothing random after the start; good with few steps."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
+    ratio = sigma_s / sigma_t
+    return z.mul_(ratio).add_(x, alpha=float(alpha_s - ratio * alpha_t))
+
+
+SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
+
+
+@torch.no_grad()
+def sample(predict_x, shape, steps, sampler, eta, noise, on_step=lambda step: None):
+    """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
+
+    predict_x(z, log_snr): the denoiser; log_snr is a float64 scalar tensor. noise(): a fresh standard normal tensor of
+    `shape`. sampler: "ddpm" or "ddim". The last step returns the denoiser's x itself. Returns a tensor of `shape`."""
+    z = noise()
+    for i in range(steps):
+        log_snr_t, log_snr_s = (log_snr_at(1 - j / steps, eta) for j in (i, i + 1))
+        x = predict_x(z, log_snr_t)
+        on_step(i + 1)
+        if i + 1 < steps:
+            z = SAMPLERS[sampler](z, x, log_snr_t, log_snr_s, noise)
+    return x
+
+
+def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None, energy=None, patch=256, context=32,
+                   on_step=lambda step: None):
+    """Sample a whole picture of any size, patch by patch, given x_hat (1, 3, H, W), sides multiples of 16.
+
+    The patches move in step: each denoising step visits all of them, evaluates every one with `context` pixels around
+    it, and keeps its centre; then the whole canvas goes on to the next noise level. So neighbours always agree on what is
+    between them, no seam can form, and with a context of the U-Net's receptive field radius this *is* sampling
+    the whole picture at once, at the memory of one patch. (The paper works in groups of patches instead, for networks with
+    attention.) All noise is drawn on the CPU from `seed`, for the canvas at once, whatever the device and the patches.
+
+    Returns (1, 3, H, W) in [-1, 1]. eta: None for the schedule that the network was trained with."""
+    generator = torch.Generator().manual_seed(seed)
+    x, device = torch.empty_like(x_hat), x_hat.device
+    level = torch.tensor([q], device=device)
+    extra = [] if energy is None else [energy]
+
+    def predict_x(z, log_snr):
+        ratio = log_snr.float().reshape(1).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+            return apply_tiled(lambda z, x_hat, *e: diffusion.predict_x(z, x_hat, ratio, level, *e), [z, x_hat, *extra], x,
+                               patch, context)
+
+    noise = lambda: torch.randn(x_hat.shape, generator=generator).to(device)
+    return sample(predict_x, x_hat.shape, steps, sampler, eta or diffusion.config.eta, noise, on_step).clamp_(-1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Housekeeping: checkpoints, devices, errors
+# ------------------------------------------------------------------------------------------------------
+
+FORMAT = "hfd checkpoint 1"
+
+
+class HFDError(Exception):
+    """Something the user can put right. Its text is one line: what is wrong, with which file, what to do."""
+
+
+def run(main):
+    """Call main(); turn what a user can put right into one line and exit status 1, Ctrl-C into 130."""
+    try:
+        main()
+    except (HFDError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def write_atomically(path, write):
+    """Call write(f) on a temporary file beside `path`, then rename it: `path` is always complete, old or new."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+@dataclass
+class Model:
+    """A loaded checkpoint. `diffusion` is None after stage 1; `identity`: 4 bytes that name the autoencoder."""
+    autoencoder: Autoencoder
+    diffusion: nn.Module
+    tables: Tables
+    recipe: dict
+    identity: bytes
+
+
+def pack(autoencoder, diffusion, recipe, half=False):
+    """The dictionary that a checkpoint file holds: configs, weights, integer tables and how they were made. With
+    `half`, the networks' matrices are stored as float16; steps, prior and tables never are."""
+    def weights(module):
+        return {name: t.detach().cpu().half() if half and name.endswith("weight") else t.detach().cpu().clone()
+                for name, t in module.state_dict().items()}
+
+    tables = freeze(autoencoder.prior, autoencoder.log_step.exp())
+    return {"format": FORMAT, "recipe": recipe, "tables": vars(tables),
+            "autoencoder": {"config": asdict(autoencoder.config), "weights": weights(autoencoder)},
+            "diffusion": diffusion and {"config": asdict(diffusion.config), "weights": weights(diffusion)}}
+
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint file. HFDError if it is not one; nothing in the file is ever executed."""
+    if not os.path.isfile(path):
+        raise HFDError(f"{path}: no such checkpoint. Train one (python train.py --help) or name one with --model")
+    try:
+        packed = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:          # the many ways in which a damaged or foreign file can fail to unpickle
+        raise HFDError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from None
+    if not isinstance(packed, dict) or packed.get("format") != FORMAT:
+        raise HFDError(f"{path}: not an HFD checkpoint, or one of another version")
+    return packed
+
+
+def load_model(path, device):
+    """Rebuild a Model from a checkpoint file, without flags: it carries its configuration. HFDError if it cannot be used."""
+    packed = read_checkpoint(path)
+    try:
+        part = packed["autoencoder"]
+        autoencoder = Autoencoder(AutoencoderConfig(**part["config"]))
+        autoencoder.load_state_dict(part["weights"])
+        tables = Tables(**packed["tables"]).validate()
+        digest = hashlib.sha256()
+        for tensor in (*autoencoder.state_dict().values(), *vars(tables).values()):
+            digest.update(tensor.numpy().tobytes())
+        diffusion, part = None, packed["diffusion"]
+        if part:
+            diffusion = Diffusion(DiffusionConfig(**part["config"]))
+            diffusion.load_state_dict(part["weights"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise HFDError(f"{path}: the checkpoint is incomplete or damaged ({str(error).splitlines()[0]})") from None
+    for module in (autoencoder, diffusion):
+        if module:
+            module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    return Model(autoencoder, diffusion, tables, packed["recipe"], digest.digest()[:4])
+
+
+def device_of(model):
+    """Where a loaded Model's weights are."""
+    return model.autoencoder.log_step.device
+
+
+def pick_device(name="auto"):
+    """The device that `name` says, or for "auto" the fastest there is: CUDA, then MPS, then CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise HFDError(f"device '{name}' cannot be used here; try --device cpu") from None
+    return torch.device(name)
+
+
+def fast_bf16(device):
+    """Whether bfloat16 is worth it: on GPUs of the last years, and on CPUs with instructions for it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def hardware(device):
+    """What this runs on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    return f"{device.type.upper()}, {name}, {torch.get_num_threads()} threads" + (", bfloat16" if fast_bf16(device) else "")
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in words."""
+    text = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20):.1f} GiB"
+    if device.type == "cuda":
+        text += f", on the GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+    return text

@@ -1,0 +1,360 @@
+"""Using: the file format and the command line.
+
+    python sample.py demo                                   see it work, on a portrait that ships with matplotlib
+    python sample.py compress photo.jpg photo.hfd --quality 2
+    python sample.py decompress photo.hfd photo.png
+    python sample.py info photo.hfd
+
+An .hfd file is a header of 21 bytes, the range-coded latent, and nothing else. Numbers are big-endian:
+
+    bytes  0-2   "HFD"
+           3     version of the format, 1
+           4     quality level, 1 .. Q
+           5-8   width, height in pixels, 16 bits each
+           9-12  seed of the sampler's noise
+          13-16  identity of the autoencoder: SHA-256 of its tables and weights, first 4 bytes
+          17-20  CRC-32 of everything else
+          21-    the latent
+
+The identity names the autoencoder only. The diffusion model adds no bits and may be retrained, and old files still decode.
+"""
+import argparse
+import io
+import os
+import struct
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+import entropy
+import hfd
+from hfd import CELL, HFDError
+
+MAGIC, VERSION = b"HFD", 1
+HEADER = struct.Struct(">3sBBHHI4s")        # without the checksum, which follows it
+HEADER_BYTES = HEADER.size + 4
+MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
+MODEL = str(Path(__file__).parent / "checkpoints" / "hfd.pt")
+STEPS, SAMPLER, PATCH, CONTEXT = 20, "ddim", 256, 32     # defaults of decompress, chosen by measurement (README)
+
+# ------------------------------------------------------------------------------------------------------
+# Pictures in and out
+# ------------------------------------------------------------------------------------------------------
+
+
+def open_picture(path):
+    """Any picture that Pillow opens, as 8-bit RGB and upright. Returns (PIL image, list of remarks on what was dropped)."""
+    remarks = []
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # our own limit follows
+            if image.width * image.height > MAX_PIXELS or max(image.size) > 65535:
+                raise HFDError(f"{path}: {image.width}x{image.height} is too large; the limit is {MAX_PIXELS // 10 ** 6} megapixels and 65535 a side")
+            if getattr(image, "n_frames", 1) > 1:
+                remarks.append(f"only the first of {image.n_frames} frames is kept")
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise HFDError(f"{path}: floating-point pixels have no fixed range; convert it to 8 or 16 bits first")
+            if image.mode.startswith("I"):                                      # 16 bits, which Pillow's convert would clip
+                remarks.append("16 bits per sample are reduced to 8")
+                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+            if image.has_transparency_data:
+                remarks.append("transparency is dropped: the picture is laid on white")
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB"), remarks
+    except HFDError:
+        raise
+    except FileNotFoundError:
+        raise HFDError(f"{path}: no such file") from None
+    except Exception as error:      # a broken picture can make Pillow raise nearly anything
+        raise HFDError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def save_picture(image, path):
+    """Write a PIL image in the format that the ending of `path` names. The file appears complete or not at all."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    hfd.write_atomically(path, lambda f: image.save(f, kind))
+
+
+def check_target(path, force, picture=False):
+    """Refuse, before any work is done, an output that exists, has nowhere to go or a name that says no picture format."""
+    if os.path.isdir(path):
+        raise HFDError(f"{path}: is a folder; name a file")
+    if os.path.exists(path) and not force:
+        raise HFDError(f"{path}: exists already; --force overwrites it")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise HFDError(f"{path}: its folder does not exist")
+    if picture and Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
+        raise HFDError(f"{path}: the ending names no picture format that can be written; try .png")
+
+
+def to_tensor(image, device):
+    """PIL RGB image to (1, 3, H', W') in [-1, 1], continued to multiples of 16 by repeating the last row and column
+    (which costs few bits, and is cropped off again)."""
+    array = np.asarray(image)
+    array = np.pad(array, [(0, -array.shape[0] % CELL), (0, -array.shape[1] % CELL), (0, 0)], mode="edge")
+    return torch.from_numpy(array).to(device).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
+
+
+def to_image(x, width, height):
+    """(1, 3, H', W') in [-1, 1] to a PIL RGB image of width x height."""
+    x = x[0, :, :height, :width].add(1).mul_(127.5).round_().clamp_(0, 255).byte()
+    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of two PIL RGB images of one size, in dB, over all three channels; inf if equal."""
+    mse = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+    return float(10 * np.log10(255 ** 2 / mse)) if mse else float("inf")
+
+
+# ------------------------------------------------------------------------------------------------------
+# The file format
+# ------------------------------------------------------------------------------------------------------
+
+
+def compress(image, model, quality, seed=0):
+    """PIL RGB image to (bytes of an .hfd file, report). quality: 1 .. Q, more is better and larger.
+
+    The report holds `estimated` (cross-entropy), `payload` and `file` in bits per pixel, and seconds per part."""
+    levels = len(model.autoencoder.config.lambdas)
+    if not 1 <= quality <= levels:
+        raise HFDError(f"--quality must lie between 1 and {levels}, not {quality}")
+    clock = [time.perf_counter()]
+    k = model.autoencoder.encode(to_tensor(image, hfd.device_of(model)), quality - 1)[0].cpu().numpy()
+    clock.append(time.perf_counter())
+    payload = entropy.encode(k, model.tables, quality - 1)
+    clock.append(time.perf_counter())
+    header = HEADER.pack(MAGIC, VERSION, quality, image.width, image.height, seed, model.identity)
+    data = header + struct.pack(">I", zlib.crc32(header + payload)) + payload
+    pixels = image.width * image.height
+    return data, {"estimated": entropy.cross_entropy(k, model.tables, quality - 1) / pixels,
+                  "payload": 8 * len(payload) / pixels, "file": 8 * len(data) / pixels,
+                  "seconds": {"encoder": clock[1] - clock[0], "range encoder": clock[2] - clock[1]}}
+
+
+def parse(data, name):
+    """Check an .hfd file as far as that is possible without a model. Returns its header as a dictionary, with `payload`."""
+    if len(data) < HEADER_BYTES or data[:3] != MAGIC:
+        raise HFDError(f"{name}: not an .hfd file" + (", or cut off in its header" if data[:3] == MAGIC else ""))
+    _, version, quality, width, height, seed, identity = HEADER.unpack_from(data)
+    if version != VERSION:
+        raise HFDError(f"{name}: written in version {version} of the format; this program reads version {VERSION}")
+    payload = data[HEADER_BYTES:]
+    if zlib.crc32(data[:HEADER.size] + payload) != int.from_bytes(data[HEADER.size:HEADER_BYTES], "big"):
+        raise HFDError(f"{name}: damaged or cut off (its checksum does not match)")
+    if not width or not height or width * height > MAX_PIXELS:
+        raise HFDError(f"{name}: claims to be {width}x{height} pixels; the limit is {MAX_PIXELS // 10 ** 6} megapixels")
+    return {"quality": quality, "width": width, "height": height, "seed": seed, "identity": identity, "payload": payload}
+
+
+def decode_latent(header, model, name):
+    """The integer latent (1, M, h, w) in a parsed file, for the model that wrote it."""
+    if header["identity"] != model.identity:
+        raise HFDError(f"{name}: made by model {header['identity'].hex()}, and this one is {model.identity.hex()}; name the right one with --model")
+    config = model.autoencoder.config
+    if not 1 <= header["quality"] <= len(config.lambdas):
+        raise HFDError(f"{name}: claims quality {header['quality']}, which the model does not have")
+    try:
+        shape = config.latents, -(-header["height"] // CELL), -(-header["width"] // CELL)
+        k = entropy.decode(header["payload"], model.tables, header["quality"] - 1, shape)
+    except ValueError as error:
+        raise HFDError(f"{name}: {error}") from None
+    return torch.from_numpy(k)[None].to(hfd.device_of(model))
+
+
+def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, seed=None, eta=None, patch=PATCH,
+               context=CONTEXT, on_step=lambda step: None):
+    """Bytes of an .hfd file to (PIL RGB image, report with seconds per part).
+
+    rho, the realism knob, mixes x_hat + rho (x_sample - x_hat): 0 is the autoencoder's picture, 1 the full sample. seed:
+    None for the one in the file. Others as in hfd.sample_picture."""
+    header, clock = parse(data, name), [time.perf_counter()]
+    q = header["quality"] - 1
+    k = decode_latent(header, model, name)
+    clock.append(time.perf_counter())
+    x_hat = model.autoencoder.decode(k, q)
+    clock.append(time.perf_counter())
+    if rho > 0:
+        if model.diffusion is None:
+            raise HFDError("this checkpoint has no diffusion model yet; use --rho 0, or train one (python train.py diffusion --help)")
+        seed = header["seed"] if seed is None else seed
+        x = hfd.sample_picture(model.diffusion, x_hat, q, steps, sampler, seed, eta, None, patch, context, on_step)
+        x_hat.lerp_(x, rho)
+    clock.append(time.perf_counter())
+    return to_image(x_hat, header["width"], header["height"]), {"seconds": dict(zip(
+        ("range decoder", "decoder", "diffusion"), (b - a for a, b in zip(clock, clock[1:]))))}
+
+
+# ------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------
+
+
+def progress(steps):
+    """A callback that shows how far sampling is and how long it will take, on a terminal's one line."""
+    begin = time.time()
+
+    def show(step):
+        left = (time.time() - begin) / step * (steps - step)
+        sys.stderr.write(f"\rsampling step {step}/{steps}, {left:.0f} s left " + ("\n" if step == steps else ""))
+        sys.stderr.flush()
+    return show
+
+
+def read_file(path):
+    """The bytes of a file that is no larger than any .hfd file could be."""
+    try:
+        with open(path, "rb") as f:
+            data = f.read(4 * MAX_PIXELS + 1)
+    except OSError as error:
+        raise HFDError(f"{path}: {error.strerror}") from None
+    if len(data) > 4 * MAX_PIXELS:
+        raise HFDError(f"{path}: too large for an .hfd file")
+    return data
+
+
+def run_compress(args):
+    check_target(args.output, args.force)
+    image, remarks = open_picture(args.input)
+    for remark in remarks:
+        print(f"note: {remark}")
+    model = hfd.load_model(args.model, hfd.pick_device(args.device))
+    data, report = compress(image, model, args.quality, args.seed)
+    hfd.write_atomically(args.output, lambda f: f.write(data))
+    print(f"{args.output}: {len(data)} bytes for {image.width}x{image.height} pixels. bpp: {report['estimated']:.4f} estimated, "
+          f"{report['payload']:.4f} payload, {report['file']:.4f} file")
+    print("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in report["seconds"].items()))
+
+
+def run_decompress(args):
+    check_target(args.output, args.force, picture=True)
+    if not 0 <= args.rho <= 1 or args.steps < 1 or args.patch < 1 or args.context < 0 or (args.eta is not None and args.eta <= 0):
+        raise HFDError("--rho must lie in [0, 1]; --steps and --patch be at least 1; --context at least 0; --eta above 0")
+    data = read_file(args.input)
+    parse(data, args.input)                     # refuse a broken file before loading a model for it
+    model = hfd.load_model(args.model, hfd.pick_device(args.device))
+    image, report = decompress(data, model, args.input, args.steps, args.sampler, args.rho, args.seed, args.eta, args.patch,
+                               args.context, progress(args.steps))
+    save_picture(image, args.output)
+    print(f"{args.output}: {image.width}x{image.height} pixels. seconds: " +
+          ", ".join(f"{name} {s:.2f}" for name, s in report["seconds"].items()))
+
+
+def run_info(args):
+    header = parse(read_file(args.input), args.input)
+    payload = len(header["payload"])
+    pixels = header["width"] * header["height"]
+    print(f"{args.input}: HFD file, version {VERSION}\n  size       {header['width']}x{header['height']} pixels\n"
+          f"  quality    {header['quality']}\n  seed       {header['seed']}\n  model      {header['identity'].hex()}\n"
+          f"  bytes      {payload + HEADER_BYTES} = {HEADER_BYTES} header + {payload} latent\n"
+          f"  bpp        {8 * (payload + HEADER_BYTES) / pixels:.4f}")
+
+
+def jpeg_at(image, size):
+    """The best JPEG of at most `size` bytes, or the smallest one there is. Returns (bytes, its quality)."""
+    for quality in range(95, 0, -1):
+        buffer = io.BytesIO()
+        image.save(buffer, "jpeg", quality=quality, optimize=True)
+        if buffer.tell() <= size or quality == 1:
+            return buffer.getvalue(), quality
+
+
+def contact_sheet(pictures, detail, zoom):
+    """Pictures side by side, each (caption, PIL image), and below each an enlarged detail (left, top, right, bottom)."""
+    font, margin, line = ImageFont.load_default(20), 8, 30
+    width, height = pictures[0][1].size
+    crop = (detail[2] - detail[0]) * zoom, (detail[3] - detail[1]) * zoom
+    sheet = Image.new("RGB", (len(pictures) * (width + margin) - margin, line + height + margin + crop[1]), "white")
+    for i, (caption, image) in enumerate(pictures):
+        left = i * (width + margin)
+        ImageDraw.Draw(sheet).text((left + 4, 3), caption, "black", font)
+        sheet.paste(image, (left, line))
+        sheet.paste(image.crop(detail).resize(crop, Image.NEAREST), (left, line + height + margin))
+    return sheet
+
+
+def run_demo(args):
+    from matplotlib.cbook import get_sample_data        # here, since nothing else needs matplotlib
+    os.makedirs(args.out, exist_ok=True)
+    paths = [os.path.join(args.out, name) for name in ("portrait.hfd", "portrait.png", "comparison.png")]
+    with get_sample_data("grace_hopper.jpg") as f:
+        image, _ = open_picture(f)
+    model = hfd.load_model(args.model, hfd.pick_device(args.device))
+    data, report = compress(image, model, args.quality)
+    hfd.write_atomically(paths[0], lambda f: f.write(data))
+    blurry, _ = decompress(data, model, rho=0)
+    picture, decoding = decompress(data, model, on_step=progress(STEPS))
+    save_picture(picture, paths[1])
+    jpeg, quality = jpeg_at(image, len(data))
+    opened = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    bpp = lambda size: f"{8 * size / (image.width * image.height):.3f}"
+    sheet = contact_sheet([("original", image), (f"JPEG, {len(jpeg)} bytes", opened),
+                           (f"autoencoder, {len(data)} bytes", blurry), (f"HFD, {len(data)} bytes", picture)], DETAIL, 4)
+    save_picture(sheet, paths[2])
+    print(f"{'':12} {'bytes':>6} {'bpp':>6} {'PSNR':>6}")
+    for name, size, decoded in (("JPEG", len(jpeg), opened), ("autoencoder", len(data), blurry), ("HFD", len(data), picture)):
+        print(f"{name:12} {size:6} {bpp(size):>6} {psnr(image, decoded):6.2f}")
+    if len(jpeg) > len(data):
+        print(f"(JPEG cannot go lower: this is its quality {quality})")
+    print(f"bpp of the HFD file: {report['estimated']:.4f} estimated, {report['payload']:.4f} payload, {report['file']:.4f} file")
+    print("seconds: " + ", ".join(f"{n} {s:.2f}" for n, s in (report["seconds"] | decoding["seconds"]).items()))
+    print("wrote " + ", ".join(paths))
+
+
+DETAIL = (60, 420, 188, 570)        # of the portrait: cloth and ribbons
+
+
+def command_line():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    demo = commands.add_parser("demo", help="compress and decode a portrait, and compare", **show)
+    demo.add_argument("--out", metavar="DIR", default="demo", help="folder for what it writes")
+    c = commands.add_parser("compress", help="picture to .hfd file", **show)
+    c.add_argument("input", help="any picture that Pillow opens")
+    c.add_argument("output", help=".hfd file to write")
+    for p in (demo, c):
+        p.add_argument("--quality", type=int, default=2, metavar="Q", help="1 (smallest file) to 6 (best picture)")
+    c.add_argument("--seed", type=seed_number, default=0, help="seed of the sampler's noise, stored in the file")
+    d = commands.add_parser("decompress", help=".hfd file to picture", **show)
+    d.add_argument("input", help=".hfd file")
+    d.add_argument("output", help="picture to write; the ending says the format, .png keeps it exact")
+    d.add_argument("--steps", type=int, default=STEPS, help="denoising steps: network evaluations per patch")
+    d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), default=SAMPLER, help="ddim: few steps; ddpm: ancestral, many steps")
+    d.add_argument("--rho", type=float, default=1.0, help="realism: 0 is the autoencoder's picture, 1 the full sample")
+    d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
+    d.add_argument("--eta", type=float, help="another noise schedule than the one trained with")
+    d.add_argument("--patch", type=int, default=PATCH, help="pixels a side that the U-Net works on at a time")
+    d.add_argument("--context", type=int, default=CONTEXT, help="pixels around each patch that it sees; 128 is exact")
+    for p in (c, d):
+        p.add_argument("--force", action="store_true", help="overwrite the output if it exists")
+    for p in (demo, c, d):
+        p.add_argument("--model", default=MODEL, metavar="FILE", help="checkpoint")
+        p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    info = commands.add_parser("info", help="what an .hfd file says of itself", **show)
+    info.add_argument("input", help=".hfd file")
+    return parser
+
+
+def seed_number(text):
+    value = int(text)
+    if not 0 <= value < 2 ** 32:
+        raise argparse.ArgumentTypeError("a seed is a whole number from 0 to 4294967295")
+    return value
+
+
+def main(argv=None):
+    args = command_line().parse_args(argv)
+    {"demo": run_demo, "compress": run_compress, "decompress": run_decompress, "info": run_info}[args.command](args)
+
+
+if __name__ == "__main__":
+    hfd.run(main)

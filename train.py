@@ -1,0 +1,351 @@
+"""Learning: both stages, from any folder of pictures, on a GPU or a laptop.
+
+    python train.py autoencoder --images PHOTOS --out runs/autoencoder.pt
+    python train.py diffusion --autoencoder runs/autoencoder.pt --images PHOTOS --out runs/hfd.pt
+    python train.py export runs/hfd.pt checkpoints/hfd.pt
+
+Without --images both train on *dead leaves* that this file draws itself, so nothing needs to be downloaded. Any run can be
+stopped (Ctrl-C, or worse) and continued with --resume, and ends where it would have ended uninterrupted.
+With several GPUs: torchrun --nproc_per_node N train.py ...
+"""
+import argparse
+import copy
+import fcntl
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageOps
+
+import entropy
+import hfd
+from hfd import HFDError
+
+# ------------------------------------------------------------------------------------------------------
+# Pictures to learn from
+# ------------------------------------------------------------------------------------------------------
+
+
+def dead_leaves(size, rng):
+    """A dead leaves picture, uint8 (size, size, 3): discs that fall on one another until nothing shows through.
+
+    The simplest model of why photographs look as they do (Lee, Mumford & Huang 2001): the world is made of
+    objects that hide each other, and they come in all sizes, so the radius r has density r^-3. That gives images edges,
+    flat parts, and statistics that do not change with scale. Drawn at twice the size, then halved, for smooth edges.
+    """
+    big = 2 * size
+    canvas = Image.new("RGB", (big, big))
+    draw = ImageDraw.Draw(canvas)
+    smallest, largest = 6.0, big / 2
+    for u, x, y, *colour in rng.random((2500, 6)):
+        # Inverse transform sampling: if u is uniform, this radius has density ~ r^-3 between the two limits.
+        r = (smallest ** -2 + u * (largest ** -2 - smallest ** -2)) ** -0.5
+        x, y = (x * 1.2 - 0.1) * big, (y * 1.2 - 0.1) * big
+        grey = colour[0]
+        colour = tuple(int(255 * min(max(grey + 0.3 * (c - 0.5), 0), 1)) for c in (grey, colour[1], colour[2]))
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    return np.asarray(canvas.resize((size, size), Image.BOX))
+
+
+class Photos:
+    """Every picture of a folder, decoded once and kept as uint8 on the device that trains.
+
+    Decoding JPEGs on the fly is what usually starves a GPU; a few hundred photographs fit into memory as they are."""
+
+    def __init__(self, folder, smallest, device, megapixels, seed):
+        """Raises HFDError if there is nothing to read. Bad files are named and skipped. Pictures with a side below
+        `smallest` are continued by mirroring. Reading stops, and says so, at `megapixels` in all."""
+        self.images, self.device, self.description = [], device, "dead leaves"
+        if folder is None:
+            rng = np.random.default_rng(seed)
+            pictures = ((None, dead_leaves(256, rng)) for _ in range(64))
+        else:
+            if not Path(folder).is_dir():
+                raise HFDError(f"{folder}: no such folder. Give --images a folder of pictures, or leave it out to train on dead leaves")
+            names = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".") and
+                           p.suffix.lower() in Image.registered_extensions())
+            np.random.default_rng(seed).shuffle(names)
+            pictures = ((name, None) for name in names)
+        total = 0
+        for name, array in pictures:
+            if array is None:
+                try:
+                    with Image.open(name) as image:
+                        array = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                except Exception as error:      # whatever a broken picture makes Pillow raise, the others are still good
+                    print(f"warning: {name}: skipped, cannot be read as a picture ({error})", file=sys.stderr)
+                    continue
+            short = [max(0, smallest - side) for side in array.shape[:2]]
+            if any(short):
+                array = np.pad(array, [(0, short[0]), (0, short[1]), (0, 0)], mode="symmetric")
+            self.images.append(torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous().to(device))     # (3, H, W)
+            total += array.shape[0] * array.shape[1] / 1e6
+            if total > megapixels:
+                print(f"warning: {folder}: stopped reading at {megapixels} megapixels; --megapixels raises the limit", file=sys.stderr)
+                break
+        if not self.images:
+            raise HFDError(f"{folder}: no pictures found in it. Give --images a folder of pictures, or leave it out to train on dead leaves")
+        if folder:
+            self.description = f"{len(self.images)} pictures, {total:.0f} megapixels"
+
+    def crops(self, count, size):
+        """Random crops (count, 3, size, size) in [-1, 1], each mirrored half of the time. Uses torch's global seed."""
+        batch = []
+        for n, i, j, mirror in torch.rand(count, 4).tolist():
+            image = self.images[int(n * len(self.images))]
+            i, j = int(i * (image.shape[1] - size + 1)), int(j * (image.shape[2] - size + 1))
+            crop = image[:, i:i + size, j:j + size]
+            batch.append(crop.flip(2) if mirror < 0.5 else crop)
+        return torch.stack(batch).float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------------
+# The loop that both stages share
+# ------------------------------------------------------------------------------------------------------
+
+
+def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
+    """Minimise batch_loss(model, crop_size, batch_size) -> {"loss": ..., other named numbers}, to args.steps.
+
+    groups: optimizer parameter groups, each with its learning-rate factor "scale". checkpoint(ema): the dictionary to save.
+
+    Every random number of step n comes from the seed (args.seed, n, rank). So a checkpoint need not store any random
+    state, and a resumed run sees the very crops and noise that it would have seen.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, bf16 = hfd.pick_device(args.device), hfd.fast_bf16(hfd.pick_device(args.device))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
+    ema, step, minutes = copy.deepcopy(model), 0, 0.0       # EMA: an average of the weights over the last steps is a
+    state = hfd.read_checkpoint(args.out)["training"] if args.resume else None      # better model than any single step's
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, minutes = state["step"], state["minutes"]
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    stop = []                                               # Ctrl-C asks the loop to end after the step that it is in
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    begin, first, sums, count, images, mark = time.time(), step, {}, 0, 0, time.time()
+
+    def save():
+        if rank == 0:
+            training = {"step": step, "minutes": minutes + (time.time() - begin) / 60, "args": vars(args), "stage": stage,
+                        "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            recipe = {"command": "python train.py " + " ".join(args.command), "data": photos.description, "seed": args.seed,
+                      "steps": step, "hardware": hfd.hardware(device), "minutes": round(training["minutes"], 1),
+                      "torch": str(torch.__version__)}
+            hfd.write_atomically(args.out, lambda f: torch.save(checkpoint(ema, recipe) | {"training": training}, f))
+
+    try:
+        while step < args.steps and not stop and step != args.pause_at:
+            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
+            # The last quarter sees crops of twice the side (and a quarter as many): what the net learns near a
+            # crop's border, where it lacks context, then weighs less.
+            late = step >= 0.75 * args.steps
+            size, batch = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
+            warm_up = min(1.0, (step + 1) / args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * group["scale"] * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                terms = batch_loss(wrapped, size, batch)
+            if not math.isfinite(terms["loss"].item()):
+                raise HFDError(f"the loss is {terms['loss'].item()} at step {step}: stopped. {args.out} holds the last good state; "
+                               f"continue from it with --resume and a lower --lr")
+            terms["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            decay = min(args.ema, step / (step + 10))       # early on, average over fewer steps than EMA has seen
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+            count, images = count + 1, images + batch * world
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            if step % args.log_every == 0 or step == args.steps:
+                rate = (step - first) / (time.time() - begin)
+                shown = {name: value / count for name, value in sums.items()}
+                if "mse" in shown:
+                    shown["PSNR"] = 10 * math.log10(255 ** 2 / shown.pop("mse"))
+                if rank == 0:
+                    left = (args.steps - step) / rate
+                    print(f"step {step:6d}/{args.steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in shown.items()) +
+                          f"  {images / (time.time() - mark):.1f} images/s  {left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left",
+                          flush=True)
+                sums, count, images, mark = {}, 0, 0, time.time()
+            if step % args.save_every == 0:
+                save()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    save()
+    if rank == 0:
+        print(f"{'stopped' if step < args.steps else 'finished'} at step {step}; saved {args.out}" +
+              ("; continue with --resume" if step < args.steps else "") + f". {hfd.peak_memory(device)}")
+
+
+# ------------------------------------------------------------------------------------------------------
+# Stage 1: rate + lambda * MSE
+# ------------------------------------------------------------------------------------------------------
+
+
+def train_autoencoder(args):
+    device = hfd.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.seed)
+    model = hfd.Autoencoder().to(device, memory_format=torch.channels_last)
+    levels = len(model.config.lambdas)
+    with torch.no_grad():
+        x = photos.crops(32, args.crop)
+        model.prior.fit_scale(model.analysis(x, torch.zeros(len(x), dtype=torch.long, device=device)))
+
+    def batch_loss(model, size, batch):
+        x = photos.crops(batch, size)                                                           # (B, 3, size, size)
+        q = torch.randint(levels, (batch,)).to(device)                                          # a level per picture
+        return {name: value.mean() for name, value in model(x, q).items()}
+
+    def checkpoint(ema, recipe):
+        return hfd.pack(ema, None, {"autoencoder": recipe})
+
+    # The linear path starts at a good place, with entries of about 0.04: it is refined, ten times more slowly.
+    linear = [p for name, p in model.named_parameters() if "linear" in name]
+    others = [p for name, p in model.named_parameters() if "linear" not in name]
+    groups = [{"params": others, "scale": 1.0}, {"params": linear, "scale": 0.1}]
+    fit(args, "autoencoder", model, batch_loss, groups, checkpoint, photos)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Stage 2: the diffusion model, given reconstructions
+# ------------------------------------------------------------------------------------------------------
+
+MARGIN = 32     # pixels of context in which a training crop's x_hat is made, so that it is as good at the border as inside
+
+
+def reconstruct(autoencoder, x, q):
+    """x_hat for a batch of pictures (B, 3, H, W) at levels q (B,), as the decoder would see it (rounded latents)."""
+    step = autoencoder.log_step[q].exp()[:, :, None, None]                                      # (B, M, 1, 1)
+    y_hat = (autoencoder.analysis(x, q) / step).round() * step                                  # (B, M, h, w)
+    return autoencoder.synthesis(y_hat, q).clamp(-1, 1)                                         # (B, 3, H, W)
+
+
+def train_diffusion(args):
+    device = hfd.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    base = hfd.load_model(args.autoencoder, device)
+    autoencoder = base.autoencoder
+    photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels, args.seed)
+    levels = len(autoencoder.config.lambdas)
+    config = hfd.DiffusionConfig(levels=levels, eta=args.eta, preconditioned=not args.plain)
+    model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def pairs(count, size, q):
+        """Crops (x, x_hat), each (count, 3, size, size), cut out of larger reconstructions."""
+        x = photos.crops(count, size + 2 * MARGIN)
+        x_hat = reconstruct(autoencoder, x, q)
+        return (t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat))
+
+    if not args.resume:     # how far x is from x_hat, level by level: the closed form starts from that
+        with torch.no_grad():
+            for level in range(levels):
+                x, x_hat = pairs(64, args.crop, torch.full((64,), level, device=device))
+                model.residual_std[level] = (x - x_hat).square().mean().sqrt()
+
+    def batch_loss(model, size, batch):
+        q = torch.randint(levels, (batch,)).to(device)
+        x, x_hat = pairs(batch, size, q)                                                        # (B, 3, size, size)
+        return {"loss": model(x, x_hat, q)}
+
+    def checkpoint(ema, recipe):
+        return hfd.pack(autoencoder, ema, base.recipe | {"diffusion": recipe})
+
+    fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------
+
+
+def export(args):
+    """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe."""
+    model = hfd.load_model(args.checkpoint, torch.device("cpu"))
+    packed = hfd.pack(model.autoencoder, model.diffusion, model.recipe, half=True)
+    hfd.write_atomically(args.out, lambda f: torch.save(packed, f))
+    print(f"wrote {args.out}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
+
+
+def command_line():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="stage", required=True)
+    show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ae = commands.add_parser("autoencoder", help="stage 1: rate + lambda * MSE", **show)
+    diffusion = commands.add_parser("diffusion", help="stage 2: sample x given x_hat", **show)
+    for p, out, steps, batch, crop, lr in ((ae, "runs/autoencoder.pt", 20_000, 8, 128, 1e-3),
+                                           (diffusion, "runs/hfd.pt", 20_000, 16, 64, 1e-3)):
+        p.add_argument("--images", metavar="DIR", help="folder of pictures, read recursively; without it: dead leaves")
+        p.add_argument("--out", metavar="FILE", default=out, help="checkpoint to write")
+        p.add_argument("--resume", action="store_true", help="continue from --out, with its settings unless given anew")
+        p.add_argument("--steps", type=int, default=steps, help="optimizer steps in all; the learning rate falls to zero there")
+        p.add_argument("--pause-at", type=int, metavar="STEP", help="save and stop at this step; --resume goes on")
+        p.add_argument("--batch", type=int, default=batch, help="pictures per step (and per process, with torchrun)")
+        p.add_argument("--crop", type=int, default=crop, help="side of the crops in pixels, a multiple of 16; twice that in the last quarter")
+        p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+        p.add_argument("--warmup", type=int, default=200, help="steps until the learning rate is at its peak")
+        p.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
+        p.add_argument("--seed", type=int, default=0, help="seed of everything random")
+        p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+        p.add_argument("--megapixels", type=float, default=2000, help="most picture data to keep in memory (3 bytes a pixel)")
+        p.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps per progress line")
+        p.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="steps per checkpoint")
+    diffusion.add_argument("--autoencoder", metavar="FILE", default="runs/autoencoder.pt", help="checkpoint of stage 1")
+    diffusion.add_argument("--eta", type=float, default=0.1, help="shift of the noise schedule; 1 is cosine, the paper has 0.5")
+    diffusion.add_argument("--plain", action="store_true", help="plain v-prediction, without the closed-form start")
+    ex = commands.add_parser("export", help="make a training checkpoint small enough to share", **show)
+    ex.add_argument("checkpoint", help="what training wrote")
+    ex.add_argument("out", help="file to write")
+    return parser, {"autoencoder": ae, "diffusion": diffusion}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser, stages = command_line()
+    args = parser.parse_args(argv)
+    if args.stage == "export":
+        return export(args)
+    if args.resume:     # what the checkpoint was trained with becomes the default; flags on the command line still win
+        training = hfd.read_checkpoint(args.out).get("training") or {}
+        if training.get("stage") != args.stage:
+            raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
+        stages[args.stage].set_defaults(**{k: v for k, v in training["args"].items() if k not in ("resume", "pause_at", "out")})
+        args = parser.parse_args(argv)
+    args.command = [a for a in argv if a != "--resume"]
+    if args.crop % hfd.CELL or args.crop <= 0 or args.batch <= 0 or args.steps <= 0:
+        raise HFDError("--crop must be a multiple of 16, --batch and --steps at least 1")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:    # started by torchrun
+        cuda = hfd.pick_device(args.device).type == "cuda"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    lock = None
+    if not dist.is_initialized() or dist.get_rank() == 0:   # two runs writing one checkpoint would ruin both
+        lock = open(f"{args.out}.lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise HFDError(f"{args.out}: another run is writing it. Wait for that, or choose another --out") from None
+    {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage](args)
+
+
+if __name__ == "__main__":
+    hfd.run(main)
