@@ -199,9 +199,9 @@ class Autoencoder(nn.Module):
     it knows the probabilities for every step.
     """
 
-    def __init__(self, config=AutoencoderConfig()):
+    def __init__(self, config=None):
         super().__init__()
-        self.config = config
+        self.config = config = config or AutoencoderConfig()
         basis = transform_basis(config.latents)
         self.analysis, self.synthesis = Analysis(config, basis), Synthesis(config, basis)
         self.prior = FactorizedPrior(config.latents)
@@ -271,8 +271,10 @@ def log_snr_at(t, eta):
     shifts the other way, Hoogeboom et al. 2023: there the structure must be invented too.)
 
     t: float or tensor in [0, 1]. Returns a tensor of its shape."""
-    t = torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
-    return (-2 * torch.log(eta * torch.tan(math.pi / 2 * t.clamp(1e-8, 1 - 1e-8)))).clamp(-15, 15)
+    t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
+    # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): both stay positive up to the ends, in any precision.
+    log_tan = [torch.log(torch.sin(math.pi / 2 * u).clamp_min(1e-9)) for u in (t, 1 - t)]
+    return (-2 * (math.log(eta) + log_tan[0] - log_tan[1])).clamp(-15, 15)
 
 
 def alpha_sigma(log_snr):
@@ -459,7 +461,7 @@ def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
     q(z_s | z_t, x) = N(alpha_s ((1 - c) z_t / alpha_t + c x), sigma_s^2 c),  c = 1 - SNR_t / SNR_s."""
     (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
     c = -torch.expm1(log_snr_t - log_snr_s)             # expm1, since for small steps 1 - ratio would cancel
-    z.mul_(alpha_s * (1 - c) / alpha_t).add_(x, alpha=float(alpha_s * c))
+    z.mul_(float(alpha_s * (1 - c) / alpha_t)).add_(x, alpha=float(alpha_s * c))
     return z.add_(noise(), alpha=float(sigma_s * c.sqrt()))
 
 
@@ -468,7 +470,7 @@ def ddim_step(z, x, log_snr_t, log_snr_s, noise):
     less of it back, z_s = alpha_s x + sigma_s eps. Nothing random after the start; good with few steps."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
     ratio = sigma_s / sigma_t
-    return z.mul_(ratio).add_(x, alpha=float(alpha_s - ratio * alpha_t))
+    return z.mul_(float(ratio)).add_(x, alpha=float(alpha_s - ratio * alpha_t))
 
 
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
@@ -507,7 +509,7 @@ def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None,
     extra = [] if energy is None else [energy]
 
     def predict_x(z, log_snr):
-        ratio = log_snr.float().reshape(1).to(device)
+        ratio = log_snr.to(x_hat.dtype).reshape(1).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             return apply_tiled(lambda z, x_hat, *e: diffusion.predict_x(z, x_hat, ratio, level, *e), [z, x_hat, *extra], x,
                                patch, context)

@@ -249,6 +249,18 @@ def run_decompress(args):
 
 
 def run_info(args):
+    if (args.input is None) == (args.model is None):
+        raise HFDError("info takes an .hfd file, or --model for a checkpoint")
+    if args.model:
+        model = hfd.load_model(args.model, torch.device("cpu"))
+        print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
+        for part in ("autoencoder", "diffusion"):
+            module = getattr(model, part)
+            print(f"{part}: " + ("none yet" if module is None else
+                                 f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} million parameters, {module.config}"))
+            for name, value in model.recipe.get(part, {}).items():
+                print(f"  {name:10} {value}")
+        return
     header = parse(read_file(args.input), args.input)
     payload = len(header["payload"])
     pixels = header["width"] * header["height"]
@@ -339,8 +351,9 @@ def command_line():
     for p in (demo, c, d):
         p.add_argument("--model", default=MODEL, metavar="FILE", help="checkpoint")
         p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-    info = commands.add_parser("info", help="what an .hfd file says of itself", **show)
-    info.add_argument("input", help=".hfd file")
+    info = commands.add_parser("info", help="what an .hfd file or a checkpoint says of itself")
+    info.add_argument("input", nargs="?", help=".hfd file")
+    info.add_argument("--model", nargs="?", const=MODEL, metavar="FILE", help=f"a checkpoint instead (alone: {Path(MODEL).name}, which ships)")
     return parser
 
 

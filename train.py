@@ -136,6 +136,12 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     begin, first, sums, count, images, mark = time.time(), step, {}, 0, 0, time.time()
 
+    def interrupted():
+        asked = torch.tensor(len(stop))
+        if world > 1:                                       # all processes must leave the loop at the same step
+            dist.all_reduce(asked := asked.to(device))
+        return bool(asked)
+
     def save():
         if rank == 0:
             training = {"step": step, "minutes": minutes + (time.time() - begin) / 60, "args": vars(args), "stage": stage,
@@ -146,7 +152,7 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
             hfd.write_atomically(args.out, lambda f: torch.save(checkpoint(ema, recipe) | {"training": training}, f))
 
     try:
-        while step < args.steps and not stop and step != args.pause_at:
+        while step < args.steps and not interrupted() and step != args.pause_at:
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
             # The last quarter sees crops of twice the side (and a quarter as many): what the net learns near a
             # crop's border, where it lacks context, then weighs less.

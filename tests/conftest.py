@@ -1,0 +1,38 @@
+"""What the tests share: a picture drawn on the spot, and a model so small that it decodes in milliseconds."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))      # the modules lie beside tests/, not in a package
+
+import hfd
+import sample
+import train
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """A drawn picture with a photograph's statistics and sides that are no multiples of anything: 100x75."""
+    return Image.fromarray(train.dead_leaves(100, np.random.default_rng(0))).crop((0, 0, 100, 75))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(photo, tmp_path_factory):
+    """Path of a checkpoint with three quality levels. Nothing in it is trained: the transform is the lapped DCT it starts
+    from, and the denoiser's zero-initialised layers are filled with a little noise, so that it does something."""
+    torch.manual_seed(0)
+    autoencoder = hfd.Autoencoder(hfd.AutoencoderConfig((0.001, 0.004, 0.016), 24, (8, 8, 8, 8), (0, 0, 0, 1)))
+    with torch.no_grad():
+        autoencoder.prior.fit_scale(autoencoder.analysis(sample.to_tensor(photo, "cpu"), torch.tensor([0])))
+    diffusion = hfd.Diffusion(hfd.DiffusionConfig(levels=3, widths=(8, 16), blocks=1))
+    for weight in diffusion.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.05)
+    path = tmp_path_factory.mktemp("model") / "tiny.pt"
+    packed = hfd.pack(autoencoder, diffusion, {"note": "untrained, for tests"})
+    hfd.write_atomically(str(path), lambda f: torch.save(packed, f))
+    return str(path)

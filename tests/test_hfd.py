@@ -1,0 +1,276 @@
+"""The autoencoder, the noise, the samplers: what must be true of them before any training."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import hfd
+
+torch.manual_seed(0)
+
+
+def perturbed(module, scale=0.05, seed=0):
+    """The module in float64 with random weights everywhere, so that no zero-initialised layer hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double().requires_grad_(False)
+    for p in module.parameters():
+        if p.dim() > 1:
+            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    return perturbed(hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 12, 16))))
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    config = hfd.AutoencoderConfig(latents=24, widths=(8, 8, 12, 12))
+    return perturbed(hfd.Autoencoder(config))
+
+
+# The transform ------------------------------------------------------------------------------------------
+
+def test_basis_is_orthonormal():
+    """The functions that the linear path starts from are orthonormal, also against their overlapping neighbours."""
+    basis = hfd.transform_basis(768).double()                                                   # all of them
+    for di in (0, 16):
+        for dj in (0, 16):
+            a, b = basis[..., di:, dj:].flatten(1), basis[..., :32 - di, :32 - dj].flatten(1)
+            expected = torch.eye(768) if di == dj == 0 else torch.zeros(768, 768)
+            assert torch.allclose(a @ b.T, expected.double(), atol=2e-6)
+
+
+def test_untrained_transform_is_a_codec(photo):
+    """With all functions and no quantization, analysis followed by synthesis gives the picture back before any training;
+    with a third of them it already is a usable codec."""
+    x = torch.from_numpy(np.asarray(photo.crop((0, 0, 128, 128)))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    q = torch.tensor([0])
+    for count, smallest in ((768, 60), (320, 22)):
+        model = hfd.Autoencoder(hfd.AutoencoderConfig(latents=count, widths=(8, 8, 8, 8), blocks=(0, 0, 0, 0)))
+        with torch.no_grad():
+            x_hat = model.synthesis(model.analysis(x, q), q)
+        inside = (x_hat - x)[..., 16:-16, 16:-16].square().mean() / 4                           # peak-to-peak is 2
+        assert -10 * math.log10(inside) > smallest
+
+
+def test_autoencoder_gradients_reach_everything():
+    """Rate and distortion together give every parameter a gradient, the quantization steps included."""
+    model = hfd.Autoencoder(hfd.AutoencoderConfig(latents=24, widths=(8, 8, 8, 8)))
+    for p in model.parameters():                                        # zero layers would hold the others' gradient back
+        p.data += 0.05 * torch.randn_like(p)
+    out = model(torch.rand(12, 3, 64, 64) * 2 - 1, torch.arange(12) % 6)
+    assert out["loss"].shape == (12,)
+    out["loss"].mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_steps_feel_rate_and_distortion():
+    """The step size is pulled both ways: the rate wants it wider, the distortion narrower."""
+    model = hfd.Autoencoder(hfd.AutoencoderConfig(latents=24, widths=(8, 8, 8, 8)))
+    x, q = torch.rand(4, 3, 64, 64) * 2 - 1, torch.zeros(4, dtype=torch.long)
+    model.prior.fit_scale(model.analysis(x, q))
+    model(x, q)["bpp"].mean().backward()
+    assert model.log_step.grad[0].sum() < 0                             # descending, log_step grows
+    model.log_step.grad = None
+    model(x, q)["mse"].mean().backward()
+    assert model.log_step.grad[0].sum() > 0                             # descending, log_step shrinks
+    assert model.log_step.grad[1:].abs().sum() == 0                     # other levels are not concerned
+
+
+def test_estimated_bits_are_the_table_bits(autoencoder):
+    """The prior's estimate at rounded latents and the frozen tables' cross-entropy agree: nothing is lost in freezing."""
+    import entropy
+    model = hfd.Autoencoder(hfd.AutoencoderConfig(latents=24, widths=(8, 8, 8, 8)))
+    x = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8), size=(128, 128), mode="bilinear") * 2 - 1
+    model.prior.fit_scale(model.analysis(x, torch.tensor([0])))
+    tables = entropy.freeze(model.prior, model.log_step.exp())
+    for q in range(6):
+        k, step = model.encode(x, q), model.log_step[q].exp()[:, None, None]
+        with torch.no_grad():
+            bits = model.prior.bits(k * step, step).sum().item()
+        assert entropy.cross_entropy(k[0].numpy(), tables, q) == pytest.approx(bits, rel=0.002, abs=8)
+
+
+# Tiles --------------------------------------------------------------------------------------------------
+
+def test_autoencoder_in_tiles_is_exact(autoencoder):
+    """The transforms applied tile by tile with their receptive field as context equal the transforms of the whole picture."""
+    x, q = torch.rand(1, 3, 480, 416, dtype=torch.float64) * 2 - 1, torch.tensor([3])
+    y = autoencoder.analysis(x, q).double()
+    tiled = hfd.apply_tiled(lambda w: autoencoder.analysis(w, q), [x], torch.empty_like(y), tile=64)
+    assert (tiled - y).abs().max() < 1e-5 * y.abs().max()               # the transforms return float32
+    x_hat = autoencoder.synthesis(y, q).double()
+    tiled = hfd.apply_tiled(lambda w: autoencoder.synthesis(w, q), [y], torch.empty_like(x_hat), tile=64)
+    assert (tiled - x_hat).abs().max() < 1e-5 * x_hat.abs().max()
+
+
+def test_tiles_without_context_are_not_exact(autoencoder):
+    """Without context the same tiles are wrong at their borders: the exactness above is not an accident."""
+    x, q = torch.rand(1, 3, 128, 128, dtype=torch.float64) * 2 - 1, torch.tensor([3])
+    y = autoencoder.analysis(x, q).double()
+    tiled = hfd.apply_tiled(lambda w: autoencoder.analysis(w, q), [x], torch.empty_like(y), tile=64, context=0)
+    assert (tiled - y).abs().max() > 1e-2 * y.abs().max()
+
+
+def receptive_radius(denoiser):
+    """How far a 16-pixel cell of v can see, in pixels: where the gradient of its sum with respect to z is not zero."""
+    z = torch.randn(1, 3, 400, 400, dtype=torch.float64, requires_grad=True)
+    v = denoiser.velocity(z, torch.zeros_like(z), torch.tensor([2.0], dtype=torch.float64), torch.tensor([0]))
+    v[..., 192:208, 192:208].abs().sum().backward()
+    return 192 - z.grad.abs().sum((0, 1)).nonzero().min().item()
+
+
+def test_receptive_field(denoiser):
+    """The U-Net sees at most 128 pixels far, whatever its widths: with that context patches are exact."""
+    radius = receptive_radius(denoiser)
+    print(f"receptive field radius: {radius} px")
+    assert 64 < radius <= 128
+
+
+def test_patchwise_sampling_is_whole_image_sampling(denoiser):
+    """Sampling patch by patch with full context gives the very picture that sampling at once gives; less context does not."""
+    x_hat = torch.rand(1, 3, 304, 336, dtype=torch.float64) * 2 - 1
+    run = lambda **kw: hfd.sample_picture(denoiser, x_hat, 2, steps=3, sampler="ddpm", seed=5, **kw)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(hfd, "fast_bf16", lambda device: False)               # float64 throughout
+        whole = run(patch=336)
+        assert (run(patch=64, context=128) - whole).abs().max() < 1e-5  # the network's output is float32
+        assert (run(patch=64, context=0) - whole).abs().max() > 1e-3
+
+
+# The noise ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("eta", [0.1, 0.5, 1.0])
+def test_schedule(eta):
+    """log SNR falls from +15 to -15; eta = 1 is the cosine schedule; eta shifts it by -2 log eta; alpha^2 + sigma^2 = 1."""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    log_snr = hfd.log_snr_at(t, eta)
+    assert log_snr[0] == 15 and log_snr[-1] == -15 and (log_snr.diff() <= 0).all()
+    alpha, sigma = hfd.alpha_sigma(log_snr)
+    assert torch.allclose(alpha ** 2 + sigma ** 2, torch.ones(101).double())
+    inner = slice(5, 96)
+    assert torch.allclose(log_snr[inner], hfd.log_snr_at(t, 1.0)[inner] - 2 * math.log(eta))
+    if eta == 1.0:
+        assert torch.allclose(alpha[inner], torch.cos(math.pi / 2 * t)[inner])
+    if eta == 0.5:
+        assert alpha[50] == pytest.approx(0.894, abs=1e-3) and sigma[50] == pytest.approx(0.447, abs=1e-3)
+    assert hfd.log_snr_at(t.float(), eta).isfinite().all()
+
+
+def test_velocity_identities(denoiser):
+    """v = alpha eps - sigma x turns back into x = alpha z - sigma v and eps = sigma z + alpha v."""
+    x, eps = torch.randn(2, 3, 8, 8).double(), torch.randn(2, 3, 8, 8).double()
+    alpha, sigma = hfd.alpha_sigma(torch.tensor(1.7).double())
+    z, v = alpha * x + sigma * eps, alpha * eps - sigma * x
+    assert torch.allclose(alpha * z - sigma * v, x) and torch.allclose(sigma * z + alpha * v, eps)
+
+
+def test_closed_form_start():
+    """Before training, the preconditioned denoiser is exactly the optimal one for x ~ N(x_hat, s^2): the posterior mean."""
+    model = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 8))).double()
+    model.residual_std[:] = torch.linspace(0.04, 0.12, 6)
+    z, x_hat, q = torch.randn(2, 3, 16, 16).double(), torch.rand(2, 3, 16, 16).double(), torch.tensor([1, 4])
+    log_snr = torch.tensor([-3.0, 5.0]).double()
+    alpha, sigma = (a[:, None, None, None] for a in hfd.alpha_sigma(log_snr))
+    s = model.residual_std[q][:, None, None, None]
+    expected = x_hat + alpha * s ** 2 / (alpha ** 2 * s ** 2 + sigma ** 2) * (z - alpha * x_hat)
+    assert torch.allclose(model.predict_x(z, x_hat, log_snr, q), expected, atol=1e-6)
+
+
+def test_loss_starts_at_one():
+    """In units of the closed form's standard deviation, Gaussian residuals cost exactly 1 before training: nothing to gain."""
+    model = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 8)))
+    model.residual_std[:] = 0.1
+    x_hat = torch.zeros(16, 3, 64, 64)
+    loss = model(x_hat + 0.1 * torch.randn_like(x_hat), x_hat, torch.arange(16) % 6)
+    assert loss.item() == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("preconditioned", [True, False])
+def test_denoiser_gradients_reach_everything(preconditioned):
+    """Every parameter of the U-Net gets a gradient in both parameterisations."""
+    model = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 12), preconditioned=preconditioned))
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x = torch.rand(12, 3, 64, 64) * 2 - 1
+    model(x, x + 0.1 * torch.randn_like(x), torch.arange(12) % 6).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_energy_map():
+    """The HFD+ map says in powers of two how much stronger than usual the residual is, and the network is told if it is absent."""
+    x, x_hat = torch.zeros(1, 3, 64, 96), torch.zeros(1, 3, 64, 96)
+    x[..., :32, :32] = 0.1 * 2                                          # twice the usual deviation: four times the energy
+    x[..., 32:, :32] = 0.1
+    energy = hfd.residual_energy(x, x_hat, torch.tensor([0.1]), 32)
+    assert energy[0, 0].tolist() == [[6, 0, 0], [4, 0, 0]]
+    model = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 8)))
+    with_map = model._inputs(x, x_hat, energy)
+    assert with_map.shape == (1, 8, 64, 96) and (with_map[:, 7] == 1).all() and with_map[0, 6, 0, 0] == 0.5
+    assert (model._inputs(x, x_hat, None)[:, 6:] == 0).all()
+    assert (model._inputs(x, x_hat, -torch.ones_like(energy))[:, 6:] == 0).all()
+
+
+# The samplers -------------------------------------------------------------------------------------------
+
+def gaussian_denoiser(mean, std):
+    """The best denoiser there is for x ~ N(mean, std^2): known in closed form, so that samplers can be tested without training."""
+    def predict_x(z, log_snr):
+        alpha, sigma = hfd.alpha_sigma(log_snr)
+        return mean + alpha * std ** 2 / (alpha ** 2 * std ** 2 + sigma ** 2) * (z - alpha * mean)
+    return predict_x
+
+
+def sampled(sampler, steps, eta, mean=0.3, std=0.1, count=50_000):
+    generator = torch.Generator().manual_seed(1)
+    noise = lambda: torch.randn(count, generator=generator, dtype=torch.float64)
+    return hfd.sample(gaussian_denoiser(mean, std), (count,), steps, sampler, eta, noise)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("eta, tolerance", [(0.1, 0.02), (0.5, 0.04)])
+def test_samplers_on_gaussian_data(sampler, eta, tolerance):
+    """On Gaussian data both samplers return its mean and its spread, the more exactly the more steps they take."""
+    few, many = sampled(sampler, 20, eta), sampled(sampler, 250, eta)
+    assert few.mean().item() == pytest.approx(0.3, abs=0.003) and many.mean().item() == pytest.approx(0.3, abs=0.003)
+    assert many.std().item() == pytest.approx(0.1, rel=tolerance)
+    assert abs(many.std() - 0.1) < abs(few.std() - 0.1)
+
+
+def test_eta_should_match_the_residual():
+    """The schedule that puts its steps where the noise is as large as the data's spread makes the smallest error:
+    for a residual of 0.1, eta = 0.1 beats both 0.02 and the paper's 0.5, with no network involved."""
+    error = {eta: abs(sampled("ddim", 8, eta).std().item() / 0.1 - 1) for eta in (0.02, 0.1, 0.5)}
+    assert error[0.1] < 0.16 and error[0.1] < error[0.02] and 2 * error[0.1] < error[0.5]
+
+
+def test_ancestral_step_is_the_posterior():
+    """One ancestral step, with the true x, has mean and variance of q(z_s | z_t, x) as Bayes' rule gives them."""
+    log_snr_t, log_snr_s = torch.tensor(-1.0).double(), torch.tensor(1.5).double()
+    (a_t, s_t), (a_s, s_s) = hfd.alpha_sigma(log_snr_t), hfd.alpha_sigma(log_snr_s)
+    x, z_t = 0.4, 0.9
+    # z_s ~ N(a_s x, s_s^2), and z_t given z_s ~ N(r z_s, s_t^2 - r^2 s_s^2) with r = a_t / a_s. Multiply the two Gaussians.
+    r = a_t / a_s
+    precision = 1 / s_s ** 2 + r ** 2 / (s_t ** 2 - r ** 2 * s_s ** 2)
+    mean = (a_s * x / s_s ** 2 + r * z_t / (s_t ** 2 - r ** 2 * s_s ** 2)) / precision
+    z = torch.full((200_000,), z_t, dtype=torch.float64)
+    noise = lambda: torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = hfd.ddpm_step(z, torch.full_like(z, x), log_snr_t, log_snr_s, noise)
+    assert z.mean().item() == pytest.approx(mean.item(), abs=0.004)
+    assert z.var().item() == pytest.approx(1 / precision.item(), rel=0.01)
+
+
+def test_ddim_is_deterministic_and_seeded(denoiser):
+    """All randomness comes from the seed: same seed, same picture; DDIM draws noise once, DDPM at every step."""
+    x_hat = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    run = lambda sampler, seed: hfd.sample_picture(denoiser, x_hat, 0, 4, sampler, seed)
+    assert torch.equal(run("ddim", 3), run("ddim", 3)) and not torch.equal(run("ddim", 3), run("ddim", 4))
+    for sampler, expected in (("ddim", 1), ("ddpm", 4)):
+        drawn = []
+        hfd.sample(lambda z, l: z * 0, (4,), 4, sampler, 0.5, lambda: drawn.append(1) or torch.zeros(4))
+        assert len(drawn) == expected

@@ -1,0 +1,221 @@
+"""Training: that it learns, that nothing is lost when it is interrupted, that mistakes are told in one line."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hfd
+import train
+
+ROOT = Path(train.__file__).parent
+TINY = ["--batch", "4", "--crop", "32", "--device", "cpu", "--warmup", "5", "--log-every", "5"]
+
+
+SMALL = """
+hfd.AutoencoderConfig.__init__.__defaults__ = ((0.0002, 0.002), 48, (8, 8, 8, 8), (0, 0, 0, 1))
+hfd.DiffusionConfig.__init__.__defaults__ = (2, (8, 12), 1, 0.1, True)
+"""
+
+
+@pytest.fixture
+def small_networks():
+    """Both stages with networks that take milliseconds: other defaults for their two configurations."""
+    kept = [(c.__init__, c.__init__.__defaults__) for c in (hfd.AutoencoderConfig, hfd.DiffusionConfig)]
+    exec(SMALL)
+    yield
+    for function, defaults in kept:
+        function.__defaults__ = defaults
+
+
+@pytest.fixture
+def folder(tmp_path, photo):
+    """A folder of three pictures, one in a subfolder, one smaller than any crop, beside files that are no pictures."""
+    (tmp_path / "photos" / "deeper").mkdir(parents=True)
+    photo.save(tmp_path / "photos" / "a.png")
+    photo.rotate(90).save(tmp_path / "photos" / "deeper" / "b.jpg")
+    Image.new("L", (20, 7), 90).save(tmp_path / "photos" / "small.png")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    (tmp_path / "photos" / "notes.txt").write_text("nothing to see")
+    return str(tmp_path / "photos")
+
+
+def weights(path):
+    training = hfd.read_checkpoint(path)["training"]
+    return {f"{part} {name}": t for part in ("model", "ema") for name, t in training[part].items()}
+
+
+def test_dead_leaves_look_like_photographs():
+    """Dead leaves share the photographs' power spectrum, about 1 / frequency^2: that is why one can learn from them."""
+    rng = np.random.default_rng(0)
+    power = 0
+    for _ in range(8):
+        grey = train.dead_leaves(128, rng).mean(2)
+        power = power + np.abs(np.fft.fft2((grey - grey.mean()) * np.outer(np.hanning(128), np.hanning(128)))) ** 2
+    f = np.hypot(*np.meshgrid(np.fft.fftfreq(128), np.fft.fftfreq(128)))
+    bands = [(0.03, 0.06), (0.06, 0.12), (0.12, 0.24)]
+    mean = [np.log(power[(f >= a) & (f < b)].mean()) for a, b in bands]
+    slopes = np.diff(mean) / np.log(2)
+    assert (-4.5 < slopes).all() and (slopes < -1.5).all()
+    assert np.array_equal(train.dead_leaves(64, np.random.default_rng(3)), train.dead_leaves(64, np.random.default_rng(3)))
+
+
+def test_any_folder(folder, capsys):
+    """Folders are read recursively; a bad file is named and skipped; a picture smaller than the crop is mirrored to size."""
+    photos = train.Photos(folder, 64, torch.device("cpu"), 100, seed=0)
+    assert len(photos.images) == 3 and min(min(p.shape[1:]) for p in photos.images) >= 64
+    assert "broken.jpg: skipped" in capsys.readouterr().err
+    crops = photos.crops(5, 64)
+    assert crops.shape == (5, 3, 64, 64) and -1 <= crops.min() and crops.max() <= 1
+
+
+def test_an_empty_folder_is_told(tmp_path):
+    """A folder without pictures, or none at all, ends in one line that says what to do."""
+    for name in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(hfd.HFDError, match="--images"):
+            train.Photos(str(name), 64, torch.device("cpu"), 100, seed=0)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_resume_is_bit_for_bit(stage, small_networks, folder, tmp_path, capsys):
+    """Stopping after N steps and resuming gives, bit for bit, the weights of a run that never stopped."""
+    base = [stage, "--images", folder, "--steps", "12", *TINY]
+    if stage == "diffusion":
+        train.main(["autoencoder", "--images", folder, "--steps", "2", "--out", str(tmp_path / "ae.pt"), *TINY])
+        base += ["--autoencoder", str(tmp_path / "ae.pt")]
+    straight, halved = str(tmp_path / "straight.pt"), str(tmp_path / "halved.pt")
+    train.main([*base, "--out", straight])
+    train.main([*base, "--out", halved, "--pause-at", "6"])
+    assert "step 6; saved" in capsys.readouterr().out and hfd.read_checkpoint(halved)["training"]["step"] == 6
+    train.main([stage, "--out", halved, "--resume"])                    # no flags: the checkpoint knows them
+    a, b = weights(straight), weights(halved)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_learns(small_networks, tmp_path, capsys):
+    """A short training on dead leaves lowers rate + lambda * MSE on pictures it has not seen, to the number recorded here;
+    the progress line names what it counts."""
+    loss = {}
+    for steps in (1, 100):
+        out = str(tmp_path / f"{steps}.pt")
+        train.main(["autoencoder", "--steps", str(steps), "--out", out, *TINY, "--log-every", "20", "--lr", "0.003"])
+        model = hfd.load_model(out, torch.device("cpu")).autoencoder
+        photos = train.Photos(None, 64, torch.device("cpu"), 100, seed=99)
+        torch.manual_seed(0)
+        loss[steps] = model(photos.crops(32, 64), torch.arange(32) % 2)["loss"].mean().item()
+    first_line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step     20/100"))
+    assert {"loss", "bpp", "PSNR", "images/s", "left"} <= set(first_line.split())
+    assert loss[100] < 0.985 * loss[1]
+    assert loss[100] == pytest.approx(RECORDED_LOSS, rel=0.01)
+
+
+RECORDED_LOSS = 1.0145     # of test_training_learns; bfloat16 and thread counts move it by less than the tolerance
+
+
+def test_checkpoint_rebuilds_its_model(small_networks, folder, tmp_path):
+    """One file holds configuration, weights and tables: it loads without flags, trained or exported, and says how it was made."""
+    ae, full, small = (str(tmp_path / n) for n in ("ae.pt", "full.pt", "small.pt"))
+    train.main(["autoencoder", "--images", folder, "--steps", "2", "--out", ae, *TINY])
+    train.main(["diffusion", "--autoencoder", ae, "--images", folder, "--steps", "2", "--out", full, *TINY])
+    train.main(["export", full, small])
+    first, second = (hfd.load_model(name, torch.device("cpu")) for name in (full, small))
+    assert first.identity == hfd.load_model(ae, torch.device("cpu")).identity      # stage 2 leaves the files' model alone
+    assert second.diffusion.config == first.diffusion.config and second.recipe["diffusion"]["steps"] == 2
+    assert "--autoencoder" in second.recipe["diffusion"]["command"] and second.recipe["autoencoder"]["data"].startswith("3 pictures")
+    for a, b in zip(first.diffusion.state_dict().values(), second.diffusion.state_dict().values()):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+    assert os.path.getsize(small) < os.path.getsize(full) / 3
+
+
+def test_nan_stops_with_a_message(small_networks, folder, tmp_path):
+    """A loss that is not a number ends the run in words, and the last good checkpoint stays."""
+    out = str(tmp_path / "ae.pt")
+    args = ["autoencoder", "--images", folder, "--out", out, *TINY]
+    train.main([*args, "--steps", "3"])
+    before = Path(out).read_bytes()
+    packed = torch.load(out, weights_only=True)
+    packed["training"]["model"]["log_step"][:] = float("nan")
+    torch.save(packed, out)
+    before = Path(out).read_bytes()
+    with pytest.raises(hfd.HFDError, match="loss is nan at step 3"):
+        train.main([*args, "--steps", "9", "--resume"])
+    assert Path(out).read_bytes() == before
+
+
+def test_wrong_stage_cannot_resume(small_networks, folder, tmp_path):
+    """--resume refuses a checkpoint of the other stage, and one that holds no training state."""
+    out = str(tmp_path / "ae.pt")
+    train.main(["autoencoder", "--images", folder, "--steps", "1", "--out", out, *TINY])
+    with pytest.raises(hfd.HFDError, match="cannot continue"):
+        train.main(["diffusion", "--autoencoder", out, "--out", out, "--resume"])
+
+
+SCRIPT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hfd, train{SMALL}hfd.run(lambda: train.main(sys.argv[1:]))"
+
+
+def start(arguments, tmp_path, *launcher):
+    """A training process of its own with small networks, for what needs signals or several processes."""
+    script = tmp_path / "small_train.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, *launcher, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"the process ended without printing {text!r}")
+
+
+def test_interrupt_saves_and_two_runs_do_not_mix(folder, tmp_path):
+    """Ctrl-C saves the very step it came in. While a run lives, a second one aimed at its checkpoint refuses."""
+    out = str(tmp_path / "ae.pt")
+    args = ["autoencoder", "--images", folder, "--steps", "100000", "--out", out, *TINY]
+    process = start(args, tmp_path)
+    wait_for(process, "step      5/")
+    second, _ = (other := start(args, tmp_path)).communicate(timeout=60)
+    assert other.returncode == 1 and "another run is writing it" in second and "Traceback" not in second
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "continue with --resume" in output
+    step = hfd.read_checkpoint(out)["training"]["step"]
+    assert f"stopped at step {step}" in output and step >= 5
+
+
+def test_kill_leaves_a_checkpoint_that_loads(folder, tmp_path):
+    """SIGKILL at any moment, also while a checkpoint is being written, leaves a complete one."""
+    out = str(tmp_path / "ae.pt")
+    args = ["autoencoder", "--images", folder, "--steps", "100000", "--out", out, "--save-every", "1", *TINY]
+    for wait in (0.0, 0.13):
+        process = start(args + (["--resume"] if os.path.exists(out) else []), tmp_path)
+        wait_for(process, "/100000")
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        assert hfd.read_checkpoint(out)["training"]["step"] >= 4
+        hfd.load_model(out, torch.device("cpu"))
+
+
+def test_two_processes_train_together(folder, tmp_path):
+    """Under torchrun two CPU processes train one model data-parallel; one of them writes the checkpoint."""
+    out = str(tmp_path / "ae.pt")
+    process = start(["autoencoder", "--images", folder, "--steps", "10", "--out", out, *TINY], tmp_path,
+                    "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("finished at step 10") == 1 and hfd.read_checkpoint(out)["training"]["step"] == 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_trains(small_networks, folder, tmp_path):
+    """The same command trains on a GPU, and the checkpoint loads on a CPU."""
+    out = str(tmp_path / "ae.pt")
+    train.main(["autoencoder", "--images", folder, "--steps", "5", "--out", out, *TINY, "--device", "cuda"])
+    assert hfd.load_model(out, torch.device("cpu")).identity
