@@ -207,8 +207,8 @@ class RangeEncoder:
         self.out[i] += 1
 
     def finish(self):
-        """The bytes of the message, as few as name it: the decoder reads zeros past the end, so trailing zeros
-        are not stored, and of all numbers in the interval we take the one that ends in the most zeros."""
+        """The bytes of the message, as few as name it: the decoder reads up to 8 zeros past the end, so the last number's
+        trailing zeros are not stored, and of all numbers in the interval we take the one that ends in the most zeros."""
         for kept in range(0, 72, 8):
             unit = 1 << 64 - kept
             value = -(-self.low // unit) * unit                 # the first multiple of unit that is >= low
@@ -217,7 +217,7 @@ class RangeEncoder:
         if value >= TOP:
             self._carry()
             value -= TOP
-        return bytes(self.out + value.to_bytes(8, "big")).rstrip(b"\0")
+        return bytes(self.out) + value.to_bytes(8, "big").rstrip(b"\0")
 
 
 class RangeDecoder:
@@ -247,6 +247,8 @@ class RangeDecoder:
                 position += 1
                 range_ <<= 8
             indices.append(index)
+        if position > end + 8:                                  # the encoder settled one byte for each that is read here
+            raise ValueError("the range-coded data ends too early")
         self.code, self.range, self.position = code, range_, position
         return indices
 
@@ -278,12 +280,16 @@ def decode_gamma(coder):
 # 4. A whole latent
 # ------------------------------------------------------------------------------------------------------
 
+FLAG_FROM = 4       # symbols in a channel
+
+
 def _zero_flag(cdf, low, count):
     """The cumulative table [0, not all zero, all zero] for a channel of `count` symbols.
 
     If P(k = 0) = p, then `count` symbols are all zero with p^count under the prior; so a flag of that probability costs
-    an all-zero channel just what its zeros would have cost, and spares the loop over them. (Where the flag says "not
-    all zero", it cost -log2(1 - p^count) bits more than needed: a fraction of a bit.) p^count by repeated squaring in
+    an all-zero channel just what its zeros would have cost (at most 24 bits), and spares the loop over them. Where the flag
+    says "not all zero", it cost -log2(1 - p^count) bits more than needed, half a bit on average at worst; so channels of
+    fewer than FLAG_FROM symbols, where that would be noticed, have no flag. p^count by repeated squaring in
     integers of 62 bits, for floating-point powers differ between machines."""
     power, base = 1 << 62, int(cdf[1 - low] - cdf[-low]) << 62 - PRECISION
     while count:
@@ -301,11 +307,12 @@ def encode(k, tables, q):
     coder = RangeEncoder()
     for m, channel in enumerate(np.asarray(k, np.int64).reshape(len(k), -1)):                   # (H * W,)
         low, cdf = tables.get(q, m)
-        flag = _zero_flag(cdf, low, len(channel))
-        if not channel.any():
-            coder.encode([flag[1]], [TOTAL - flag[1]])
-            continue
-        coder.encode([0], [flag[1]])
+        if len(channel) >= FLAG_FROM:
+            flag = _zero_flag(cdf, low, len(channel))
+            if not channel.any():
+                coder.encode([flag[1]], [TOTAL - flag[1]])
+                continue
+            coder.encode([0], [flag[1]])
         escape, index = len(cdf) - 2, channel - low
         outside = (index < 0) | (index >= escape)
         index[outside] = escape
@@ -323,7 +330,7 @@ def decode(data, tables, q, shape):
     k = np.zeros((shape[0], shape[1] * shape[2]), np.int64)
     for m in range(shape[0]):
         low, cdf = tables.get(q, m)
-        if coder.decode(_zero_flag(cdf, low, k.shape[1]), 1)[0]:
+        if k.shape[1] >= FLAG_FROM and coder.decode(_zero_flag(cdf, low, k.shape[1]), 1)[0]:
             continue
         escape = len(cdf) - 2
         k[m] = np.array(coder.decode(cdf.tolist(), k.shape[1])) + low
@@ -332,6 +339,38 @@ def decode(data, tables, q, shape):
             distance = decode_gamma(coder)
             k[m, i] = low + escape + distance - 1 if above else low - distance
     return k.reshape(shape)
+
+
+# The HFD+ map is small and smooth: each value is coded given its left neighbour (at the left edge, the one above), with
+# probabilities that halve with every unit of distance. No statistics to learn, no table to store.
+
+def _near(value, levels):
+    weights = [1 << 2 * levels >> abs(level - value) for level in range(levels)]
+    cdf = [0]
+    for weight in weights:
+        cdf.append(cdf[-1] + TOTAL * weight // sum(weights))
+    return cdf[:-1] + [TOTAL]
+
+
+def encode_map(values, levels):
+    """Code a small array (h, w) of integers 0 .. levels - 1, row by row. Returns bytes."""
+    coder, above = RangeEncoder(), 0
+    for row in np.asarray(values).tolist():
+        for left, value in zip([above] + row, row):
+            cdf = _near(left, levels)
+            coder.encode([cdf[value]], [cdf[value + 1] - cdf[value]])
+        above = row[0]
+    return coder.finish()
+
+
+def decode_map(data, levels, shape):
+    """The inverse of `encode_map`: bytes to an int64 array of the given shape (h, w). Raises ValueError on damage."""
+    coder, values = RangeDecoder(data), np.zeros(shape, np.int64)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            left = values[i, j - 1] if j else values[i - 1, 0] if i else 0
+            values[i, j] = coder.decode(_near(int(left), levels), 1)[0]
+    return values
 
 
 def cross_entropy(k, tables, q):

@@ -20,6 +20,7 @@ import os
 import platform
 import resource
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
@@ -35,7 +36,7 @@ from entropy import FactorizedPrior, Tables, freeze
 CELL = 16   # pixels per latent sample and side. Every network's total stride divides it; pictures are padded to it.
 
 
-def apply_tiled(f, inputs, out, tile=512, context=160):
+def apply_tiled(f, inputs, out, tile=1024, context=160):
     """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
 
     Our networks are convolutions without attention and without normalisation over space. Such a network is
@@ -44,16 +45,15 @@ def apply_tiled(f, inputs, out, tile=512, context=160):
     tile of the whole picture, if context >= radius. The windows end at the picture's own edges, where
     the convolutions pad with zeros just as they would for the whole.
 
-    inputs: tensors (B, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture
-    of ceil-to-CELL size. tile, context: pixels, rounded up to whole cells (this keeps windows aligned with the strides).
+    inputs: tensors (B, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture,
+    and one of them is the picture itself, its sides multiples of CELL. tile, context: pixels, rounded up to whole cells,
+    which keeps the windows aligned with the strides.
     """
-    tile, context = max(1, -(-tile // CELL)), -(-context // CELL)                               # now in cells
-    rows, cols = (min(t.shape[d] for t in (*inputs, out)) for d in (-2, -1))
-    cells = CELL // (max(t.shape[-2] for t in (*inputs, out)) // rows)                          # 1 if a latent is among
-    rows, cols = rows // cells, cols // cells                                                   # them, else CELL
+    tile, context = max(1, -(-tile // CELL)), -(-context // CELL)                               # in cells, from here on
+    rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (-2, -1))
 
     def cut(t, top, bottom, left, right):
-        s = t.shape[-2] // rows                                                                 # samples per cell
+        s = t.shape[-2] // rows                             # samples per cell: 16 in a picture, 1 in a latent
         return t[..., top * s:bottom * s, left * s:right * s]
 
     for i in range(0, rows, tile):
@@ -235,7 +235,7 @@ class Autoencoder(nn.Module):
         return {"loss": weight * (bpp + lambdas[q] * mse), "bpp": bpp, "mse": mse}
 
     @torch.no_grad()
-    def encode(self, x, q, tile=512):
+    def encode(self, x, q, tile=1024):
         """Picture (1, 3, H, W) in [-1, 1], sides multiples of 16, to its integer latent k (1, M, H/16, W/16), int32."""
         y = x.new_empty(1, self.config.latents, x.shape[-2] // CELL, x.shape[-1] // CELL)
         level = torch.tensor([q], device=x.device)
@@ -243,7 +243,7 @@ class Autoencoder(nn.Module):
         return (y / self.log_step[q].exp()[:, None, None]).round().int()
 
     @torch.no_grad()
-    def decode(self, k, q, tile=512):
+    def decode(self, k, q, tile=1024):
         """Integer latent k (1, M, h, w) to the reconstruction x_hat (1, 3, 16 h, 16 w), in [-1, 1]."""
         y_hat = k * self.log_step[q].exp()[:, None, None]                                       # (1, M, h, w)
         x_hat = y_hat.new_empty(1, 3, CELL * k.shape[-2], CELL * k.shape[-1])
@@ -400,7 +400,7 @@ class Diffusion(nn.Module):
         if energy is None:
             planes = z.new_zeros(z.shape[0], 2, *z.shape[2:])
         else:                                                       # negative marks "no map for this picture"
-            energy = F.interpolate(energy, size=z.shape[2:], mode="nearest")
+            energy = F.interpolate(energy.to(z.dtype), size=z.shape[2:], mode="nearest")
             planes = torch.cat([(energy - 4) / 4 * (energy >= 0), (energy >= 0).to(z.dtype)], dim=1)
         return torch.cat([z, x_hat, planes], dim=1)
 
@@ -473,7 +473,7 @@ def ddim_step(z, x, log_snr_t, log_snr_s, noise):
     return z.mul_(float(ratio)).add_(x, alpha=float(alpha_s - ratio * alpha_t))
 
 
-SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
+SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm": ddim_step}
 
 
 @torch.no_grad()
@@ -481,14 +481,23 @@ def sample(predict_x, shape, steps, sampler, eta, noise, on_step=lambda step: No
     """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
 
     predict_x(z, log_snr): the denoiser; log_snr is a float64 scalar tensor. noise(): a fresh standard normal tensor of
-    `shape`. sampler: "ddpm" or "ddim". The last step returns the denoiser's x itself. Returns a tensor of `shape`."""
-    z = noise()
+    `shape`. sampler: "ddpm", "ddim" or "dpm". The last step returns the denoiser's x itself. Returns a tensor of `shape`."""
+    z, previous = noise(), None
     for i in range(steps):
         log_snr_t, log_snr_s = (log_snr_at(1 - j / steps, eta) for j in (i, i + 1))
         x = predict_x(z, log_snr_t)
         on_step(i + 1)
         if i + 1 < steps:
-            z = SAMPLERS[sampler](z, x, log_snr_t, log_snr_s, noise)
+            better = x
+            if sampler == "dpm":
+                # DPM-Solver++(2M) (Lu et al. 2022): DDIM treats x as constant during a step, though the denoiser's x moves
+                # with the noise. So continue the line through its last two values to the middle of this step, on the
+                # log_snr axis: second order, at the price of remembering one picture.
+                if previous is not None:
+                    ratio = (log_snr_s - log_snr_t) / (log_snr_t - log_snr_before)
+                    better = torch.lerp(x, previous, float(-ratio / 2))
+                previous, log_snr_before = x.clone(), log_snr_t
+            z = SAMPLERS[sampler](z, better, log_snr_t, log_snr_s, noise)
     return x
 
 
@@ -502,7 +511,8 @@ def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None,
     the whole picture at once, at the memory of one patch. (The paper works in groups of patches instead, for networks with
     attention.) All noise is drawn on the CPU from `seed`, for the canvas at once, whatever the device and the patches.
 
-    Returns (1, 3, H, W) in [-1, 1]. eta: None for the schedule that the network was trained with."""
+    energy: the HFD+ map at one value per CELL, (1, 1, H/16, W/16), or None. eta: None for the training schedule's.
+    Returns (1, 3, H, W) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     x, device = torch.empty_like(x_hat), x_hat.device
     level = torch.tensor([q], device=device)
@@ -581,7 +591,8 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise HFDError(f"{path}: no such checkpoint. Train one (python train.py --help) or name one with --model")
     try:
-        packed = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):      # torch's remarks on foreign pickles; they are refused anyway
+            packed = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # the many ways in which a damaged or foreign file can fail to unpickle
         raise HFDError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from None
     if not isinstance(packed, dict) or packed.get("format") != FORMAT:
@@ -604,12 +615,15 @@ def load_model(path, device):
         if part:
             diffusion = Diffusion(DiffusionConfig(**part["config"]))
             diffusion.load_state_dict(part["weights"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if tables.low.shape != autoencoder.log_step.shape or diffusion and diffusion.config.levels != len(autoencoder.log_step):
+            raise ValueError("its parts do not belong together")
+        recipe = packed["recipe"]
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise HFDError(f"{path}: the checkpoint is incomplete or damaged ({str(error).splitlines()[0]})") from None
     for module in (autoencoder, diffusion):
         if module:
             module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-    return Model(autoencoder, diffusion, tables, packed["recipe"], digest.digest()[:4])
+    return Model(autoencoder, diffusion, tables, recipe, digest.digest()[:4])
 
 
 def device_of(model):

@@ -5,21 +5,23 @@
     python sample.py decompress photo.hfd photo.png
     python sample.py info photo.hfd
 
-An .hfd file is a header of 21 bytes, the range-coded latent, and nothing else. Numbers are big-endian:
+An .hfd file is a header of 22 bytes, an optional HFD+ map, the range-coded latent, and nothing else. Numbers are big-endian:
 
     bytes  0-2   "HFD"
            3     version of the format, 1
            4     quality level, 1 .. Q
-           5-8   width, height in pixels, 16 bits each
-           9-12  seed of the sampler's noise
-          13-16  identity of the autoencoder: SHA-256 of its tables and weights, first 4 bytes
-          17-20  CRC-32 of everything else
-          21-    the latent
+           5     HFD+: side of the map's blocks in pixels as a power of two (4 .. 7), or 0 for no map
+           6-9   width, height in pixels, 16 bits each
+          10-13  seed of the sampler's noise
+          14-17  identity of the autoencoder: SHA-256 of its tables and weights, first 4 bytes
+          18-21  CRC-32 of everything else
+          22-    with HFD+: bytes of the map (32 bits), the map; then the latent
 
 The identity names the autoencoder only. The diffusion model adds no bits and may be retrained, and old files still decode.
 """
 import argparse
 import io
+import math
 import os
 import struct
 import sys
@@ -37,7 +39,7 @@ import hfd
 from hfd import CELL, HFDError
 
 MAGIC, VERSION = b"HFD", 1
-HEADER = struct.Struct(">3sBBHHI4s")        # without the checksum, which follows it
+HEADER = struct.Struct(">3sBBBHHI4s")       # without the checksum, which follows it
 HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints" / "hfd.pt")
@@ -52,17 +54,18 @@ def open_picture(path):
     """Any picture that Pillow opens, as 8-bit RGB and upright. Returns (PIL image, list of remarks on what was dropped)."""
     remarks = []
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # our own limit follows
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:   # bombs: our own limit follows
             if image.width * image.height > MAX_PIXELS or max(image.size) > 65535:
                 raise HFDError(f"{path}: {image.width}x{image.height} is too large; the limit is {MAX_PIXELS // 10 ** 6} megapixels and 65535 a side")
             if getattr(image, "n_frames", 1) > 1:
                 remarks.append(f"only the first of {image.n_frames} frames is kept")
+            colour = any(kind in str(tile.args) for tile in image.tile for kind in ("RGB;16", "RGBA;16", "LA;16"))
+            if colour or image.mode.startswith("I"):                            # of 16-bit colour Pillow itself keeps 8
+                remarks.append("16 bits per sample are reduced to 8")
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise HFDError(f"{path}: floating-point pixels have no fixed range; convert it to 8 or 16 bits first")
             if image.mode.startswith("I"):                                      # 16 bits, which Pillow's convert would clip
-                remarks.append("16 bits per sample are reduced to 8")
                 image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
             if image.has_transparency_data:
                 remarks.append("transparency is dropped: the picture is laid on white")
@@ -80,7 +83,10 @@ def open_picture(path):
 def save_picture(image, path):
     """Write a PIL image in the format that the ending of `path` names. The file appears complete or not at all."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    hfd.write_atomically(path, lambda f: image.save(f, kind))
+    try:
+        hfd.write_atomically(path, lambda f: image.save(f, kind))
+    except (ValueError, KeyError) as error:             # what Pillow raises for a format that holds no RGB, beside OSError
+        raise HFDError(f"{path}: cannot be written ({error}); try .png") from None
 
 
 def check_target(path, force, picture=False):
@@ -120,19 +126,30 @@ def psnr(a, b):
 # ------------------------------------------------------------------------------------------------------
 
 
-def compress(image, model, quality, seed=0):
-    """PIL RGB image to (bytes of an .hfd file, report). quality: 1 .. Q, more is better and larger.
+def compress(image, model, quality, seed=0, block=0):
+    """PIL RGB image to (bytes of an .hfd file, report). quality: 1 .. Q, more is better and larger. block: 0, or 16 .. 128,
+    a power of two, to add the HFD+ map in blocks of that side.
 
     The report holds `estimated` (cross-entropy), `payload` and `file` in bits per pixel, and seconds per part."""
     levels = len(model.autoencoder.config.lambdas)
     if not 1 <= quality <= levels:
         raise HFDError(f"--quality must lie between 1 and {levels}, not {quality}")
     clock = [time.perf_counter()]
-    k = model.autoencoder.encode(to_tensor(image, hfd.device_of(model)), quality - 1)[0].cpu().numpy()
+    x = to_tensor(image, hfd.device_of(model))
+    k = model.autoencoder.encode(x, quality - 1)
+    energy = b""
+    if block:
+        need_diffusion(model)
+        std = model.diffusion.residual_std[quality - 1:quality]
+        energy = hfd.residual_energy(x, model.autoencoder.decode(k, quality - 1), std, block)
+        energy = entropy.encode_map(energy[0, 0].int().cpu(), hfd.ENERGY_LEVELS)
+        energy = struct.pack(">I", len(energy)) + energy
+    k = k[0].cpu().numpy()
     clock.append(time.perf_counter())
-    payload = entropy.encode(k, model.tables, quality - 1)
+    payload = energy + entropy.encode(k, model.tables, quality - 1)
     clock.append(time.perf_counter())
-    header = HEADER.pack(MAGIC, VERSION, quality, image.width, image.height, seed, model.identity)
+    header = HEADER.pack(MAGIC, VERSION, quality, block.bit_length() - 1 if block else 0, image.width, image.height, seed,
+                         model.identity)
     data = header + struct.pack(">I", zlib.crc32(header + payload)) + payload
     pixels = image.width * image.height
     return data, {"estimated": entropy.cross_entropy(k, model.tables, quality - 1) / pixels,
@@ -144,7 +161,7 @@ def parse(data, name):
     """Check an .hfd file as far as that is possible without a model. Returns its header as a dictionary, with `payload`."""
     if len(data) < HEADER_BYTES or data[:3] != MAGIC:
         raise HFDError(f"{name}: not an .hfd file" + (", or cut off in its header" if data[:3] == MAGIC else ""))
-    _, version, quality, width, height, seed, identity = HEADER.unpack_from(data)
+    _, version, quality, block, width, height, seed, identity = HEADER.unpack_from(data)
     if version != VERSION:
         raise HFDError(f"{name}: written in version {version} of the format; this program reads version {VERSION}")
     payload = data[HEADER_BYTES:]
@@ -152,11 +169,24 @@ def parse(data, name):
         raise HFDError(f"{name}: damaged or cut off (its checksum does not match)")
     if not width or not height or width * height > MAX_PIXELS:
         raise HFDError(f"{name}: claims to be {width}x{height} pixels; the limit is {MAX_PIXELS // 10 ** 6} megapixels")
-    return {"quality": quality, "width": width, "height": height, "seed": seed, "identity": identity, "payload": payload}
+    energy = b""
+    if block:
+        size = int.from_bytes(payload[:4], "big")
+        if block not in (4, 5, 6, 7) or len(payload) < 4 + size:
+            raise HFDError(f"{name}: its HFD+ map cannot be read")
+        energy, payload = payload[4:4 + size], payload[4 + size:]
+    return {"quality": quality, "width": width, "height": height, "seed": seed, "identity": identity, "block": block and 1 << block,
+            "energy": energy, "payload": payload}
+
+
+def need_diffusion(model):
+    """Refuse what only stage 2 can do."""
+    if model.diffusion is None:
+        raise HFDError("this checkpoint has no diffusion model yet; use --rho 0, or train one (python train.py diffusion --help)")
 
 
 def decode_latent(header, model, name):
-    """The integer latent (1, M, h, w) in a parsed file, for the model that wrote it."""
+    """The integer latent (1, M, h, w) in a parsed file, and its HFD+ map (1, 1, h, w) or None, for the model that wrote it."""
     if header["identity"] != model.identity:
         raise HFDError(f"{name}: made by model {header['identity'].hex()}, and this one is {model.identity.hex()}; name the right one with --model")
     config = model.autoencoder.config
@@ -165,9 +195,14 @@ def decode_latent(header, model, name):
     try:
         shape = config.latents, -(-header["height"] // CELL), -(-header["width"] // CELL)
         k = entropy.decode(header["payload"], model.tables, header["quality"] - 1, shape)
+        energy, cells = None, header["block"] // CELL
+        if cells:
+            energy = entropy.decode_map(header["energy"], hfd.ENERGY_LEVELS, (-(-shape[1] // cells), -(-shape[2] // cells)))
+            energy = torch.from_numpy(energy.repeat(cells, 0).repeat(cells, 1)[None, None, :shape[1], :shape[2]])
+            energy = energy.to(hfd.device_of(model))
     except ValueError as error:
         raise HFDError(f"{name}: {error}") from None
-    return torch.from_numpy(k)[None].to(hfd.device_of(model))
+    return torch.from_numpy(k)[None].to(hfd.device_of(model)), energy
 
 
 def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, seed=None, eta=None, patch=PATCH,
@@ -178,15 +213,14 @@ def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, 
     None for the one in the file. Others as in hfd.sample_picture."""
     header, clock = parse(data, name), [time.perf_counter()]
     q = header["quality"] - 1
-    k = decode_latent(header, model, name)
+    k, energy = decode_latent(header, model, name)
     clock.append(time.perf_counter())
     x_hat = model.autoencoder.decode(k, q)
     clock.append(time.perf_counter())
     if rho > 0:
-        if model.diffusion is None:
-            raise HFDError("this checkpoint has no diffusion model yet; use --rho 0, or train one (python train.py diffusion --help)")
+        need_diffusion(model)
         seed = header["seed"] if seed is None else seed
-        x = hfd.sample_picture(model.diffusion, x_hat, q, steps, sampler, seed, eta, None, patch, context, on_step)
+        x = hfd.sample_picture(model.diffusion, x_hat, q, steps, sampler, seed, eta, energy, patch, context, on_step)
         x_hat.lerp_(x, rho)
     clock.append(time.perf_counter())
     return to_image(x_hat, header["width"], header["height"]), {"seconds": dict(zip(
@@ -227,7 +261,7 @@ def run_compress(args):
     for remark in remarks:
         print(f"note: {remark}")
     model = hfd.load_model(args.model, hfd.pick_device(args.device))
-    data, report = compress(image, model, args.quality, args.seed)
+    data, report = compress(image, model, args.quality, args.seed, 32 if args.plus else 0)
     hfd.write_atomically(args.output, lambda f: f.write(data))
     print(f"{args.output}: {len(data)} bytes for {image.width}x{image.height} pixels. bpp: {report['estimated']:.4f} estimated, "
           f"{report['payload']:.4f} payload, {report['file']:.4f} file")
@@ -236,8 +270,8 @@ def run_compress(args):
 
 def run_decompress(args):
     check_target(args.output, args.force, picture=True)
-    if not 0 <= args.rho <= 1 or args.steps < 1 or args.patch < 1 or args.context < 0 or (args.eta is not None and args.eta <= 0):
-        raise HFDError("--rho must lie in [0, 1]; --steps and --patch be at least 1; --context at least 0; --eta above 0")
+    if not 0 <= args.rho <= 1 or args.steps < 1 or args.patch < 1 or args.context < 0 or (args.eta is not None and not 0 < args.eta < math.inf):
+        raise HFDError("--rho must lie in [0, 1]; --steps and --patch be at least 1; --context at least 0; --eta a number above 0")
     data = read_file(args.input)
     parse(data, args.input)                     # refuse a broken file before loading a model for it
     model = hfd.load_model(args.model, hfd.pick_device(args.device))
@@ -261,13 +295,14 @@ def run_info(args):
             for name, value in model.recipe.get(part, {}).items():
                 print(f"  {name:10} {value}")
         return
-    header = parse(read_file(args.input), args.input)
-    payload = len(header["payload"])
+    data = read_file(args.input)
+    header = parse(data, args.input)
     pixels = header["width"] * header["height"]
     print(f"{args.input}: HFD file, version {VERSION}\n  size       {header['width']}x{header['height']} pixels\n"
           f"  quality    {header['quality']}\n  seed       {header['seed']}\n  model      {header['identity'].hex()}\n"
-          f"  bytes      {payload + HEADER_BYTES} = {HEADER_BYTES} header + {payload} latent\n"
-          f"  bpp        {8 * (payload + HEADER_BYTES) / pixels:.4f}")
+          f"  HFD+ map   {'blocks of %d' % header['block'] if header['block'] else 'none'}\n"
+          f"  bytes      {len(data)}: {HEADER_BYTES} header, {len(header['energy'])} map, {len(header['payload'])} latent\n"
+          f"  bpp        {8 * len(data) / pixels:.4f}")
 
 
 def jpeg_at(image, size):
@@ -335,12 +370,13 @@ def command_line():
     c.add_argument("output", help=".hfd file to write")
     for p in (demo, c):
         p.add_argument("--quality", type=int, default=2, metavar="Q", help="1 (smallest file) to 6 (best picture)")
+    c.add_argument("--plus", action="store_true", help="HFD+: add a map of the missing detail's energy, about 0.002 bpp")
     c.add_argument("--seed", type=seed_number, default=0, help="seed of the sampler's noise, stored in the file")
     d = commands.add_parser("decompress", help=".hfd file to picture", **show)
     d.add_argument("input", help=".hfd file")
     d.add_argument("output", help="picture to write; the ending says the format, .png keeps it exact")
     d.add_argument("--steps", type=int, default=STEPS, help="denoising steps: network evaluations per patch")
-    d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), default=SAMPLER, help="ddim: few steps; ddpm: ancestral, many steps")
+    d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), default=SAMPLER, help="ddpm: ancestral; ddim: deterministic; dpm: second order, for few steps")
     d.add_argument("--rho", type=float, default=1.0, help="realism: 0 is the autoencoder's picture, 1 the full sample")
     d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
     d.add_argument("--eta", type=float, help="another noise schedule than the one trained with")

@@ -233,7 +233,7 @@ def train_autoencoder(args):
 # Stage 2: the diffusion model, given reconstructions
 # ------------------------------------------------------------------------------------------------------
 
-MARGIN = 32     # pixels of context in which a training crop's x_hat is made, so that it is as good at the border as inside
+MARGIN = 16     # pixels of context in which a crop's x_hat is made: borders should not be what the net knows best
 
 
 def reconstruct(autoencoder, x, q):

@@ -1,0 +1,205 @@
+"""What the scripts of all figures share: pictures, a run that can be stopped and continued, one style of plot.
+
+A script makes a `Run` from its flags, measures one point after another, draws, and calls `finish`. Every point is saved as soon as it
+is there, so the same command, started again, goes on where the last one stopped.
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import PIL
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
+
+import hfd
+import sample
+import train
+from figures import metrics
+from hfd import HFDError
+
+matplotlib.use("Agg")       # draw into files, whether there is a screen or not
+
+
+def pictures(folder=None, quick=False):
+    """[(name, PIL RGB image)]: the pictures in a folder and those below it, by name, or if None what is at hand: the portrait
+    that ships with matplotlib and three dead leaves pictures. quick: at most two, and at most 256 x 256 pixels of each.
+    HFDError if there are none, or if one cannot be read: a mean over those that can would compare with nothing."""
+    if folder is None:
+        from matplotlib.cbook import get_sample_data
+        with get_sample_data("grace_hopper.jpg") as f:
+            found = [("grace_hopper", sample.open_picture(f)[0])]
+        rng = np.random.default_rng(0)
+        found += [(f"dead_leaves_{i}", Image.fromarray(train.dead_leaves(256, rng))) for i in (1, 2, 3)]
+    else:
+        paths = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".") and
+                       p.suffix.lower() in Image.registered_extensions())
+        if not paths:
+            raise HFDError(f"{folder}: no pictures found in it. Give --images a folder of pictures, or leave it out")
+        found = [(p.stem, sample.open_picture(p)[0]) for p in paths[:2 if quick else None]]
+    if quick:
+        found = [(name, image.crop((0, 0, min(image.width, 256), min(image.height, 256)))) for name, image in found[:2]]
+    return found
+
+
+def timed(function, *args):
+    """(function(*args), the seconds that it took). A GPU works behind Python's back, so it is waited for."""
+    begin = time.perf_counter()
+    result = function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - begin
+
+
+# ------------------------------------------------------------------------------------------------------
+# A run and its results
+# ------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run of the script figures/NAME.py. What it needs: `args`, `device`, `model` (hfd.Model), `names` and `images` (PIL RGB),
+    `features` (a feature set of metrics.py, called `feature_name`; None where its packages are missing), and `kodak`: whether these
+    are the 24 Kodak pictures, the only ones for which published numbers hold.
+
+    argv: None for the command line's. add_flags(parser): adds flags of the script's own. HFDError for what a user can mend."""
+
+    def __init__(self, name, description, argv=None, add_flags=lambda parser: None):
+        parser = argparse.ArgumentParser(prog=f"python -m figures.{name}", description=description.split("\n")[0],
+                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        parser.add_argument("--images", metavar="DIR", help="folder of pictures to measure on; without it: a portrait and dead leaves")
+        parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint")
+        parser.add_argument("--out", metavar="DIR", default="runs/figures", help=f"folder for {name}.png and {name}.json")
+        parser.add_argument("--quick", action="store_true", help="two small pictures and fewer points: does it work?")
+        parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run of this command has measured")
+        parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+        parser.add_argument("--inception", metavar="FILE", help="inception-2015-12-05.pt: FID/256 instead of FD-EfficientNet")
+        parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+        add_flags(parser)
+        argv = sys.argv[1:] if argv is None else argv
+        self.name, self.args = name, parser.parse_args(argv)
+        self.device = hfd.pick_device(self.args.device)
+        self.model = hfd.load_model(self.args.model, self.device)
+        self.names, self.images = zip(*pictures(self.args.images, self.args.quick))
+        self.kodak = len(self.names) == 24 and all(n.startswith("kodim") for n in self.names)
+        self.feature_name = self.features = None
+        if self.args.inception:
+            self.feature_name, self.features = metrics.inception(self.args.inception, self.device)
+        else:
+            try:
+                self.feature_name, self.features = metrics.efficientnet(self.device)
+            except HFDError as error:
+                print(f"note: {error}. Frechet distances are left out.")
+        self.reference = [self.features(image) for image in self.images] if self.features else None
+
+        # What the numbers depend on. An earlier run's points are taken over only if all of this was the same. Folders are the
+        # reader's own business: no path is kept but for its last part.
+        digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
+        files = ("images", "model", "out", "fresh", "inception", "device")
+        self.about = {
+            "flags": {flag: value for flag, value in vars(self.args).items() if flag not in files},
+            "hardware": hfd.hardware(self.device), "torch": str(torch.__version__), "pillow": PIL.__version__,
+            "pictures": {"names": list(self.names), "sha256": digest(b"".join(image.tobytes() for image in self.images))},
+            "model": {"file": Path(self.args.model).name, "sha256": digest(Path(self.args.model).read_bytes()),
+                      "autoencoder": self.model.identity.hex()},
+            "features": self.feature_name}
+        self.command = " ".join([parser.prog] + [Path(a).name if os.sep in a else a for a in argv])
+        os.makedirs(self.args.out, exist_ok=True)
+        self.path, self.partial = (Path(self.args.out, name + end) for end in (".json", ".partial.json"))
+        self.points = {}
+        for path in (self.path, self.partial):
+            if path.exists() and not self.args.fresh:
+                stored = json.loads(path.read_text())
+                if stored.get("about") == json.loads(json.dumps(self.about)):
+                    self.points |= stored["points"]
+        if self.points:
+            print(f"{len(self.points)} points are there from an earlier run; --fresh measures them again")
+
+    def _save(self, path, **more):
+        minutes = round(sum(point["minutes"] for point in self.points.values()), 2)
+        head = json.dumps({"command": self.command, "minutes": minutes, "about": self.about, **more}, indent=1)
+        points = ",\n".join(f"  {json.dumps(key)}: {json.dumps(point)}" for key, point in self.points.items())     # a line each
+        text = head[:-2] + ',\n "points": {\n' + points + "\n }\n}\n"
+        hfd.write_atomically(str(path), lambda f: f.write(text.encode()))
+
+    def point(self, key, compute):
+        """compute(), a dictionary that JSON can hold, or what an earlier run got for this `key`."""
+        if key not in self.points:
+            result, seconds = timed(compute)
+            self.points[key] = result | {"minutes": round(seconds / 60, 3)}
+            self._save(self.partial)
+            print(f"{key}: measured in {seconds:.1f} s", flush=True)
+        return self.points[key]
+
+    def measure(self, key, code):
+        """Code every picture and score what comes back: {variant: numbers}, kept as the point `key`.
+
+        code(i, image) -> (bytes of the file, {variant: (decoded PIL image, {part: seconds})}) for picture number i. Numbers are
+        means over pictures, `bpp`, `psnr` in dB, `seconds` by part, and metrics.realism if there are features; and
+        one by one bpp_each, psnr_each and rgb_each, the decoded picture's mean colour, 0 .. 255."""
+        def compute():
+            rows, begin = {}, time.time()
+            for i, image in enumerate(self.images):
+                data, variants = code(i, image)
+                for variant, (decoded, seconds) in variants.items():
+                    rows.setdefault(variant, []).append((
+                        round(8 * len(data) / (image.width * image.height), 5), round(sample.psnr(image, decoded), 4),
+                        np.asarray(decoded).mean(axis=(0, 1)).round(4).tolist(), seconds, self.features and self.features(decoded)))
+                if sys.stderr.isatty():
+                    left = (time.time() - begin) / (i + 1) * (len(self.images) - i - 1)
+                    sys.stderr.write(f"\r{key}: picture {i + 1}/{len(self.images)}, {left:.0f} s left \033[K\r")
+            return {"variants": {variant: self._score(*zip(*row)) for variant, row in rows.items()}}
+        return self.point(key, compute)["variants"]
+
+    def _score(self, bpp, psnr, rgb, seconds, features):
+        return {"bpp": float(np.mean(bpp)), "psnr": float(np.mean(psnr)),
+                "seconds": {part: round(float(np.mean([s[part] for s in seconds])), 5) for part in seconds[0]},
+                **(metrics.realism(self.reference, features) if self.features else {}),
+                "bpp_each": bpp, "psnr_each": psnr, "rgb_each": rgb}
+
+    def finish(self, figure, **more):
+        """Write NAME.png from a matplotlib figure, and NAME.json: command, minutes, hardware, `more` and every point."""
+        png = Path(self.args.out, self.name + ".png")
+        hfd.write_atomically(str(png), lambda f: figure.savefig(f, format="png"))
+        plt.close(figure)
+        self._save(self.path, **more)
+        self.partial.unlink(missing_ok=True)
+        print(f"wrote {png} and {self.path}")
+
+
+# ------------------------------------------------------------------------------------------------------
+# Plots
+# ------------------------------------------------------------------------------------------------------
+
+# The palette of Okabe & Ito (2008), which colour-blind readers can tell apart; and a marker each, for print without colour.
+LOOK = {"HFD": ("#D55E00", "o"), "autoencoder": ("#0072B2", "s"), "AVIF": ("#009E73", "^"), "WebP": ("#CC79A7", "D"),
+        "JPEG 2000": ("#E69F00", "v"), "JPEG": ("#000000", "x")}
+GREY = "#777777"            # for what others have published
+STYLE = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left",
+         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5,
+         "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 4.5}
+
+
+def axes(columns=1, width=5.2, height=4.6):
+    """A matplotlib figure and a list of its axes, `columns` side by side, in the style of all figures. Inches per panel."""
+    plt.rcParams.update(STYLE)
+    figure, panels = plt.subplots(1, columns, figsize=(columns * width, height), squeeze=False)
+    return figure, list(panels[0])
+
+
+def label_ends(panel, ends):
+    """Name lines directly, so that no legend is needed: a column of names to the right of the panel, each led to where its line
+    ends. ends: [(x, y, text, colour)], in data units. Call it last, when the limits of the axes are set."""
+    gap = 0.04                                              # between names, in heights of the panel
+    to_panel = panel.transData + panel.transAxes.inverted()
+    ends = sorted((to_panel.transform((x, y))[1], x, y, text, colour) for x, y, text, colour in ends)
+    height = -gap
+    for i, (own, x, y, text, colour) in enumerate(ends):    # upwards: at its line's height, or just above the name below, but
+        height = min(max(own, height + gap), 1 - gap * (len(ends) - 1 - i))     # leaving room for those that follow
+        panel.annotate(text, (x, y), (1.03, height), textcoords="axes fraction", color=colour, va="center", fontsize=8,
+                       arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkB": 3, "relpos": (0, 0.5)})

