@@ -375,7 +375,8 @@ def decode_map(data, levels, shape):
 
 def cross_entropy(k, tables, q):
     """The bits that `encode` should need for k, shape (M, H, W): -log2 of each symbol's share of its table, plus
-    the sign and Elias-gamma bits of escapes. A float; the coder comes within 0.2 % and a few bytes of it."""
+    the sign and Elias-gamma bits of escapes. A float. The coder comes within 0.2 % and 16 bytes of it: it spends a little on
+    the flags of channels that are not all zero, and at times saves a little on those that are."""
     bits = 0.0
     for m, channel in enumerate(np.asarray(k, np.int64).reshape(len(k), -1)):                   # (H * W,)
         low, cdf = tables.get(q, m)

@@ -20,6 +20,7 @@ import os
 import platform
 import resource
 import sys
+import time
 import warnings
 from dataclasses import asdict, dataclass
 
@@ -210,7 +211,6 @@ class Autoencoder(nn.Module):
         # The transform is orthonormal, so that errors in y are errors in x; `price` is lambda in units of a [-1, 1] channel.
         price = torch.tensor(config.lambdas) * 127.5 ** 2 / 3
         self.log_step = nn.Parameter((0.5 * torch.log(6 / (price * math.log(2))))[:, None].repeat(1, config.latents))
-        self.register_buffer("residual_std", torch.zeros(len(config.lambdas)))                  # (Q,) rms of x - x_hat
 
     def forward(self, x, q):
         """The training objective. x: (B, 3, H, W) in [-1, 1], H and W multiples of 16; q: (B,) levels.
@@ -573,17 +573,27 @@ class Model:
     identity: bytes
 
 
-def pack(autoencoder, diffusion, recipe, half=False):
-    """The dictionary that a checkpoint file holds: configs, weights, integer tables and how they were made. With
-    `half`, the networks' matrices are stored as float16; steps, prior and tables never are."""
-    def weights(module):
-        return {name: t.detach().cpu().half() if half and name.endswith("weight") else t.detach().cpu().clone()
-                for name, t in module.state_dict().items()}
+def fingerprint(*tensor_dicts):
+    """SHA-256 over the values of all tensors in the dictionaries, in order. bytes."""
+    digest = hashlib.sha256()
+    for tensors in tensor_dicts:
+        for tensor in tensors.values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.digest()
 
-    tables = freeze(autoencoder.prior, autoencoder.log_step.exp())
-    return {"format": FORMAT, "recipe": recipe, "tables": vars(tables),
-            "autoencoder": {"config": asdict(autoencoder.config), "weights": weights(autoencoder)},
-            "diffusion": diffusion and {"config": asdict(diffusion.config), "weights": weights(diffusion)}}
+
+def pack(autoencoder, tables, diffusion, recipe, half=False):
+    """The dictionary that a checkpoint file holds: configs, weights, integer tables, how they were made, and a digest that
+    tells damage. With `half`, the networks' matrices are stored as float16; steps, prior and tables never are."""
+    def part(module):
+        if module is None:
+            return {"config": {}, "weights": {}}
+        return {"config": asdict(module.config), "weights": {
+            name: t.detach().cpu().half() if half and name.endswith("weight") else t.detach().cpu().clone()
+            for name, t in module.state_dict().items()}}
+
+    packed = {"format": FORMAT, "recipe": recipe, "tables": vars(tables), "autoencoder": part(autoencoder), "diffusion": part(diffusion)}
+    return packed | {"digest": fingerprint(packed["tables"], packed["autoencoder"]["weights"], packed["diffusion"]["weights"])}
 
 
 def read_checkpoint(path):
@@ -604,26 +614,24 @@ def load_model(path, device):
     """Rebuild a Model from a checkpoint file, without flags: it carries its configuration. HFDError if it cannot be used."""
     packed = read_checkpoint(path)
     try:
-        part = packed["autoencoder"]
-        autoencoder = Autoencoder(AutoencoderConfig(**part["config"]))
-        autoencoder.load_state_dict(part["weights"])
-        tables = Tables(**packed["tables"]).validate()
-        digest = hashlib.sha256()
-        for tensor in (*autoencoder.state_dict().values(), *vars(tables).values()):
-            digest.update(tensor.numpy().tobytes())
-        diffusion, part = None, packed["diffusion"]
-        if part:
-            diffusion = Diffusion(DiffusionConfig(**part["config"]))
-            diffusion.load_state_dict(part["weights"])
-        if tables.low.shape != autoencoder.log_step.shape or diffusion and diffusion.config.levels != len(autoencoder.log_step):
+        tables, recipe = Tables(**packed["tables"]), packed["recipe"]
+        parts = packed["autoencoder"], packed["diffusion"]
+        if packed["digest"] != fingerprint(packed["tables"], *(part["weights"] for part in parts)):
+            raise ValueError("its digest does not match")
+        autoencoder = Autoencoder(AutoencoderConfig(**parts[0]["config"]))
+        autoencoder.load_state_dict(parts[0]["weights"])
+        diffusion = Diffusion(DiffusionConfig(**parts[1]["config"])) if parts[1]["weights"] else None
+        if diffusion:
+            diffusion.load_state_dict(parts[1]["weights"])
+        if tables.validate().low.shape != autoencoder.log_step.shape or diffusion and diffusion.config.levels != len(autoencoder.log_step):
             raise ValueError("its parts do not belong together")
-        recipe = packed["recipe"]
+        identity = fingerprint(autoencoder.state_dict(), packed["tables"])[:4]
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise HFDError(f"{path}: the checkpoint is incomplete or damaged ({str(error).splitlines()[0]})") from None
+        raise HFDError(f"{path}: the checkpoint is incomplete or damaged ({' '.join(str(error).split())[:120]})") from None
     for module in (autoencoder, diffusion):
         if module:
             module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-    return Model(autoencoder, diffusion, tables, recipe, digest.digest()[:4])
+    return Model(autoencoder, diffusion, tables, recipe, identity)
 
 
 def device_of(model):
@@ -640,6 +648,13 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError):
         raise HFDError(f"device '{name}' cannot be used here; try --device cpu") from None
     return torch.device(name)
+
+
+def clock(device):
+    """Seconds, once the device has done what it was asked: a GPU answers before it has worked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def fast_bf16(device):

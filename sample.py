@@ -134,8 +134,9 @@ def compress(image, model, quality, seed=0, block=0):
     levels = len(model.autoencoder.config.lambdas)
     if not 1 <= quality <= levels:
         raise HFDError(f"--quality must lie between 1 and {levels}, not {quality}")
-    clock = [time.perf_counter()]
-    x = to_tensor(image, hfd.device_of(model))
+    device = hfd.device_of(model)
+    clock = [hfd.clock(device)]
+    x = to_tensor(image, device)
     k = model.autoencoder.encode(x, quality - 1)
     energy = b""
     if block:
@@ -145,14 +146,14 @@ def compress(image, model, quality, seed=0, block=0):
         energy = entropy.encode_map(energy[0, 0].int().cpu(), hfd.ENERGY_LEVELS)
         energy = struct.pack(">I", len(energy)) + energy
     k = k[0].cpu().numpy()
-    clock.append(time.perf_counter())
+    clock.append(hfd.clock(device))
     payload = energy + entropy.encode(k, model.tables, quality - 1)
-    clock.append(time.perf_counter())
+    clock.append(hfd.clock(device))
     header = HEADER.pack(MAGIC, VERSION, quality, block.bit_length() - 1 if block else 0, image.width, image.height, seed,
                          model.identity)
     data = header + struct.pack(">I", zlib.crc32(header + payload)) + payload
     pixels = image.width * image.height
-    return data, {"estimated": entropy.cross_entropy(k, model.tables, quality - 1) / pixels,
+    return data, {"estimated": (entropy.cross_entropy(k, model.tables, quality - 1) + 8 * len(energy)) / pixels,
                   "payload": 8 * len(payload) / pixels, "file": 8 * len(data) / pixels,
                   "seconds": {"encoder": clock[1] - clock[0], "range encoder": clock[2] - clock[1]}}
 
@@ -211,18 +212,19 @@ def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, 
 
     rho, the realism knob, mixes x_hat + rho (x_sample - x_hat): 0 is the autoencoder's picture, 1 the full sample. seed:
     None for the one in the file. Others as in hfd.sample_picture."""
-    header, clock = parse(data, name), [time.perf_counter()]
+    header, device = parse(data, name), hfd.device_of(model)
+    clock = [hfd.clock(device)]
     q = header["quality"] - 1
     k, energy = decode_latent(header, model, name)
-    clock.append(time.perf_counter())
+    clock.append(hfd.clock(device))
     x_hat = model.autoencoder.decode(k, q)
-    clock.append(time.perf_counter())
+    clock.append(hfd.clock(device))
     if rho > 0:
         need_diffusion(model)
         seed = header["seed"] if seed is None else seed
         x = hfd.sample_picture(model.diffusion, x_hat, q, steps, sampler, seed, eta, energy, patch, context, on_step)
         x_hat.lerp_(x, rho)
-    clock.append(time.perf_counter())
+    clock.append(hfd.clock(device))
     return to_image(x_hat, header["width"], header["height"]), {"seconds": dict(zip(
         ("range decoder", "decoder", "diffusion"), (b - a for a, b in zip(clock, clock[1:]))))}
 

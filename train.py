@@ -40,12 +40,15 @@ def dead_leaves(size, rng):
     The simplest model of why photographs look as they do (Lee, Mumford & Huang 2001): the world is made of
     objects that hide each other, and they come in all sizes, so the radius r has density r^-3. That gives images edges,
     flat parts, and statistics that do not change with scale. Drawn at twice the size, then halved, for smooth edges.
+    rng: a NumPy Generator.
     """
     big = 2 * size
     canvas = Image.new("RGB", (big, big))
     draw = ImageDraw.Draw(canvas)
     smallest, largest = 6.0, big / 2
-    for u, x, y, *colour in rng.random((2500, 6)):
+    # The mean area of a disc is 2 pi smallest^2 log(largest / smallest). Ten times the canvas, in all, leaves e^-10 bare.
+    count = int(10 * (1.2 * big) ** 2 / (2 * math.pi * smallest ** 2 * math.log(largest / smallest)))
+    for u, x, y, *colour in rng.random((count, 6)):
         # Inverse transform sampling: if u is uniform, this radius has density ~ r^-3 between the two limits.
         r = (smallest ** -2 + u * (largest ** -2 - smallest ** -2)) ** -0.5
         x, y = (x * 1.2 - 0.1) * big, (y * 1.2 - 0.1) * big
@@ -164,8 +167,8 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 terms = batch_loss(wrapped, size, batch)
             if not math.isfinite(terms["loss"].item()):
-                raise HFDError(f"the loss is {terms['loss'].item()} at step {step}: stopped. {args.out} holds the last good state; "
-                               f"continue from it with --resume and a lower --lr")
+                raise HFDError(f"the loss is {terms['loss'].item()} at step {step}: stopped. If {args.out} was saved before, it holds "
+                               f"the last good state; continue from it with --resume and a lower --lr")
             terms["loss"].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -220,7 +223,7 @@ def train_autoencoder(args):
         return {name: value.mean() for name, value in model(x, q).items()}
 
     def checkpoint(ema, recipe):
-        return hfd.pack(ema, None, {"autoencoder": recipe})
+        return hfd.pack(ema, entropy.freeze(ema.prior, ema.log_step.exp()), None, {"autoencoder": recipe})
 
     # The linear path starts at a good place, with entries of about 0.04: it is refined, ten times more slowly.
     linear = [p for name, p in model.named_parameters() if "linear" in name]
@@ -272,7 +275,7 @@ def train_diffusion(args):
         return {"loss": model(x, x_hat, q)}
 
     def checkpoint(ema, recipe):
-        return hfd.pack(autoencoder, ema, base.recipe | {"diffusion": recipe})
+        return hfd.pack(autoencoder, base.tables, ema, base.recipe | {"diffusion": recipe})
 
     fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos)
 
@@ -285,7 +288,7 @@ def train_diffusion(args):
 def export(args):
     """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe."""
     model = hfd.load_model(args.checkpoint, torch.device("cpu"))
-    packed = hfd.pack(model.autoencoder, model.diffusion, model.recipe, half=True)
+    packed = hfd.pack(model.autoencoder, model.tables, model.diffusion, model.recipe, half=True)
     hfd.write_atomically(args.out, lambda f: torch.save(packed, f))
     print(f"wrote {args.out}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))      # the modules lie beside tests/, not in a package
 
+import entropy
 import hfd
 import sample
 import train
@@ -33,6 +34,7 @@ def tiny_model(photo, tmp_path_factory):
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.05)
     path = tmp_path_factory.mktemp("model") / "tiny.pt"
-    packed = hfd.pack(autoencoder, diffusion, {"note": "untrained, for tests"})
+    tables = entropy.freeze(autoencoder.prior, autoencoder.log_step.exp())
+    packed = hfd.pack(autoencoder, tables, diffusion, {"note": "untrained, for tests"})
     hfd.write_atomically(str(path), lambda f: torch.save(packed, f))
     return str(path)

@@ -63,9 +63,10 @@ def forge(model, payload, version=sample.VERSION, quality=1, block=0, width=32, 
 
 
 def altered(tiny_model, path, change):
-    """Save a copy of the tiny checkpoint after change(its dictionary). Returns the new path."""
+    """Save a copy of the tiny checkpoint after change(its dictionary), with a digest that is right. Returns the new path."""
     packed = torch.load(tiny_model, weights_only=True)
     change(packed)
+    packed["digest"] = hfd.fingerprint(packed["tables"], packed["autoencoder"]["weights"], packed["diffusion"]["weights"])
     torch.save(packed, path)
     return str(path)
 
@@ -149,7 +150,7 @@ def test_the_energy_map_travels_in_the_file(photo, model, data):
         plus, _ = sample.compress(photo, model, 2, seed=7, block=block)
         header = sample.parse(plus, "file")
         assert header["payload"] == sample.parse(data, "file")["payload"] and header["block"] == block
-        assert len(plus) == len(data) + 2 + len(header["energy"]) <= len(data) + 2 + 1 + cells[0] * cells[1] // 2
+        assert len(plus) == len(data) + 4 + len(header["energy"]) <= len(data) + 4 + 1 + cells[0] * cells[1] // 2
         energy = sample.decode_latent(header, model, "file")[1]
         x = sample.to_tensor(photo, "cpu")
         blurry = model.autoencoder.decode(model.autoencoder.encode(x, 1), 1)
@@ -313,7 +314,7 @@ def test_the_identity_names_the_autoencoder_only(tiny_model, data, model, tmp_pa
     assert (decode(data, retrained, rho=0) == decode(data, model, rho=0)).all()
     assert (decode(data, retrained) != decode(data, model)).any()
 
-    stage1 = hfd.load_model(altered(tiny_model, tmp_path / "stage1.pt", lambda p: p.update(diffusion=None)), torch.device("cpu"))
+    stage1 = hfd.load_model(altered(tiny_model, tmp_path / "stage1.pt", lambda p: p["diffusion"].update(weights={})), torch.device("cpu"))
     assert (decode(data, stage1, rho=0) == decode(data, model, rho=0)).all()
     assert "--rho 0" in refusal(sample.decompress, data, stage1)
 
@@ -358,6 +359,18 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, recwarn):
     for name in ("zip.pt", "plain.pt"):
         assert name in refusal(load, tmp_path / name)
     assert not (tmp_path / "ran").exists() and not recwarn.list
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_model, tmp_path):
+    """A flipped bit anywhere in the weights is noticed: silently, it would turn every picture a little wrong."""
+    whole = Path(tiny_model).read_bytes()
+    needle = torch.load(tiny_model, weights_only=True)["autoencoder"]["weights"]["analysis.linear.weight"].numpy().tobytes()
+    start, rng = whole.index(needle), np.random.default_rng(0)
+    for position in rng.integers(start, start + len(needle), 20):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        (tmp_path / "flipped.pt").write_bytes(damaged)
+        assert "flipped.pt" in refusal(load, tmp_path / "flipped.pt")
 
 
 def test_incomplete_checkpoints_are_refused(tiny_model, tmp_path):
