@@ -358,7 +358,7 @@ def run_demo(args):
     print("wrote " + ", ".join(paths))
 
 
-DETAIL = (60, 420, 188, 570)        # of the portrait: cloth and ribbons
+DETAIL = (325, 440, 453, 552)        # of the portrait: cloth and ribbons
 
 
 def command_line():

@@ -19,14 +19,14 @@ from figures import common
 
 ETAS = {1.0: "#000000", 0.5: "#0072B2", 0.25: "#009E73", 0.1: "#D55E00"}
 SHOWN, TIMES = (1.0, 0.5, 0.25), (0.25, 0.5, 0.75)
-DETAIL = (30, 400, 190, 560)
+DETAIL = (175, 15, 335, 175)
 
 
 def draw(image, seed):
     """(matplotlib figure, numbers): three panels of curves above, z_t of a PIL picture below."""
-    figure, panels = common.axes(3, width=3.4, height=5.6)
+    figure, panels = common.axes(3, width=3.4, height=4.4)
     figure.clear()
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.55, 1))
     panels = top.subplots(1, 3)
     t, numbers = torch.linspace(0.002, 0.998, 499, dtype=torch.float64), {}
     for eta, colour in ETAS.items():
