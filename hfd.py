@@ -37,7 +37,7 @@ from entropy import FactorizedPrior, Tables, freeze
 CELL = 16   # pixels per latent sample and side. Every network's total stride divides it; pictures are padded to it.
 
 
-def apply_tiled(f, inputs, out, tile=1024, context=160):
+def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, column: True):
     """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
 
     Our networks are convolutions without attention and without normalisation over space. Such a network is
@@ -48,7 +48,7 @@ def apply_tiled(f, inputs, out, tile=1024, context=160):
 
     inputs: tensors (B, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture,
     and one of them is the picture itself, its sides multiples of CELL. tile, context: pixels, rounded up to whole cells,
-    which keeps the windows aligned with the strides.
+    which keeps the windows aligned with the strides. chosen(row, column): whether to visit that tile, counted from 0.
     """
     tile, context = max(1, -(-tile // CELL)), -(-context // CELL)                               # in cells, from here on
     rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (-2, -1))
@@ -59,6 +59,8 @@ def apply_tiled(f, inputs, out, tile=1024, context=160):
 
     for i in range(0, rows, tile):
         for j in range(0, cols, tile):
+            if not chosen(i // tile, j // tile):
+                continue
             end_i, end_j = min(i + tile, rows), min(j + tile, cols)
             top, left = max(i - context, 0), max(j - context, 0)
             window = top, min(end_i + context, rows), left, min(end_j + context, cols)
@@ -277,6 +279,23 @@ def log_snr_at(t, eta):
     return (-2 * (math.log(eta) + log_tan[0] - log_tan[1])).clamp(-15, 15)
 
 
+def flow_log_snr_at(t, eta):
+    """The schedule of rectified flow (Liu et al. 2023; Lipman et al. 2023; the paper's variant), which goes from picture to noise
+    in a straight line: z'_t = (1 - t) x + t eps. Its log SNR is 2 log((1 - t) / t), shifted by eta as above.
+
+    That is all that sets it apart. A picture z' on the line is a scaled z of equal SNR. The network's target eps - x is a
+    mixture of z and v: eps - x = (sigma - alpha) z + (alpha + sigma) v, so its squared error is (alpha + sigma)^2 times that of v.
+    And an Euler step along the line is a DDIM step in other coordinates. So flow is v-prediction with another
+    schedule and another weight, and needs no code of its own beyond these (Kingma & Gao 2023). The tests show each of the three.
+
+    t, returns: as log_snr_at."""
+    t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
+    return (-2 * (math.log(eta) + torch.log(t.clamp_min(1e-9)) - torch.log((1 - t).clamp_min(1e-9)))).clamp(-15, 15)
+
+
+SCHEDULES = {"v": log_snr_at, "flow": flow_log_snr_at}
+
+
 def alpha_sigma(log_snr):
     """(alpha, sigma) of a log signal-to-noise ratio: alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr)."""
     return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
@@ -373,12 +392,14 @@ def residual_energy(x, x_hat, std, block):
 
 @dataclass
 class DiffusionConfig:
-    """What rebuilds a Diffusion. `levels`: the autoencoder's quality levels; eta: shift of the training schedule."""
+    """What rebuilds a Diffusion. `levels`: the autoencoder's quality levels; eta: shift of the training schedule;
+    objective: "v" (diffusion) or "flow" (rectified flow)."""
     levels: int = 6
     widths: tuple = (48, 96, 192)
     blocks: int = 2
     eta: float = 0.1
     preconditioned: bool = True
+    objective: str = "v"
 
 
 class Diffusion(nn.Module):
@@ -438,7 +459,7 @@ class Diffusion(nn.Module):
         B = len(x)
         # One uniform number, spread evenly over the batch: every step sees all times (Kingma et al. 2021).
         t = (torch.rand((), device=x.device) + torch.arange(B, device=x.device) / B) % 1        # (B,)
-        log_snr = log_snr_at(t, self.config.eta)
+        log_snr = SCHEDULES[self.config.objective](t, self.config.eta)
         alpha, sigma = alpha_sigma(log_snr[:, None, None, None])                                # (B, 1, 1, 1)
         eps = torch.randn_like(x)
         z, v = alpha * x + sigma * eps, alpha * eps - sigma * x                                 # (B, 3, H, W)
@@ -446,8 +467,12 @@ class Diffusion(nn.Module):
         block = 16 << int(torch.randint(3, ()))
         energy = residual_energy(x, x_hat, self.residual_std[q], block)
         energy = torch.where(torch.rand(B, 1, 1, 1, device=x.device) < 0.5, energy, torch.full_like(energy, -1))
-        std = self.split(z, x_hat, log_snr, q)[1] if self.config.preconditioned else 1.0
-        return ((self.velocity(z, x_hat, log_snr, q, energy) - v) / std).square().mean()
+        unit = 1.0
+        if self.config.preconditioned:
+            unit = self.split(z, x_hat, log_snr, q)[1]
+        elif self.config.objective == "flow":
+            unit = 1 / (alpha + sigma)                              # see flow_log_snr_at
+        return ((self.velocity(z, x_hat, log_snr, q, energy) - v) / unit).square().mean()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -477,14 +502,14 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm": ddim_step}
 
 
 @torch.no_grad()
-def sample(predict_x, shape, steps, sampler, eta, noise, on_step=lambda step: None):
-    """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
+def sample(predict_x, steps, sampler, schedule, noise, on_step=lambda step: None):
+    """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t. Returns a tensor of the noise's shape.
 
-    predict_x(z, log_snr): the denoiser; log_snr is a float64 scalar tensor. noise(): a fresh standard normal tensor of
-    `shape`. sampler: "ddpm", "ddim" or "dpm". The last step returns the denoiser's x itself. Returns a tensor of `shape`."""
+    predict_x(z, log_snr): the denoiser; log_snr is a float64 scalar tensor. sampler: "ddpm", "ddim" or "dpm". schedule(t): log_snr.
+    noise(): a fresh standard normal tensor. The last step returns the denoiser's x itself."""
     z, previous = noise(), None
     for i in range(steps):
-        log_snr_t, log_snr_s = (log_snr_at(1 - j / steps, eta) for j in (i, i + 1))
+        log_snr_t, log_snr_s = (schedule(1 - j / steps) for j in (i, i + 1))
         x = predict_x(z, log_snr_t)
         on_step(i + 1)
         if i + 1 < steps:
@@ -502,14 +527,19 @@ def sample(predict_x, shape, steps, sampler, eta, noise, on_step=lambda step: No
 
 
 def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None, energy=None, patch=256, context=32,
-                   on_step=lambda step: None):
+                   on_step=lambda step: None, grouped=False):
     """Sample a whole picture of any size, patch by patch, given x_hat (1, 3, H, W), sides multiples of 16.
 
     The patches move in step: each denoising step visits all of them, evaluates every one with `context` pixels around
     it, and keeps its centre; then the whole canvas goes on to the next noise level. So neighbours always agree on what is
     between them, no seam can form, and with a context of the U-Net's receptive field radius this *is* sampling
-    the whole picture at once, at the memory of one patch. (The paper works in groups of patches instead, for networks with
-    attention.) All noise is drawn on the CPU from `seed`, for the canvas at once, whatever the device and the patches.
+    the whole picture at once, at the memory of one patch. All noise is drawn on the CPU from `seed`, for the canvas at
+    once, whatever the device and the patches.
+
+    grouped: work as the paper does instead, for it may not rely on a local network. Four groups of patches that do not touch
+    take turns, each going all the way from noise to picture. The later see around them what the earlier made: there the
+    denoiser's x is overwritten with what is known, so that z_t in the context is that picture at the right noise level.
+    Where nothing is made yet, x_hat stands in. An approximation, for the early groups cannot know what the late ones will do.
 
     energy: the HFD+ map at one value per CELL, (1, 1, H/16, W/16), or None. eta: None for the training schedule's.
     Returns (1, 3, H, W) in [-1, 1]."""
@@ -517,15 +547,24 @@ def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None,
     x, device = torch.empty_like(x_hat), x_hat.device
     level = torch.tensor([q], device=device)
     extra = [] if energy is None else [energy]
+    noise = lambda: torch.randn(x_hat.shape, generator=generator).to(device)
+    schedule = lambda t: SCHEDULES[diffusion.config.objective](t, eta or diffusion.config.eta)
 
-    def predict_x(z, log_snr):
+    def predict_x(z, log_snr, chosen=lambda row, column: True):
         ratio = log_snr.to(x_hat.dtype).reshape(1).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             return apply_tiled(lambda z, x_hat, *e: diffusion.predict_x(z, x_hat, ratio, level, *e), [z, x_hat, *extra], x,
-                               patch, context)
+                               patch, context, chosen)
 
-    noise = lambda: torch.randn(x_hat.shape, generator=generator).to(device)
-    return sample(predict_x, x_hat.shape, steps, sampler, eta or diffusion.config.eta, noise, on_step).clamp_(-1, 1)
+    if not grouped:
+        return sample(predict_x, steps, sampler, schedule, noise, on_step).clamp_(-1, 1)
+    known = x_hat.clone()
+    for group, (i, j) in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):
+        def predict_group(z, log_snr):
+            x.copy_(known)
+            return predict_x(z, log_snr, lambda row, column: (row % 2, column % 2) == (i, j))
+        known.copy_(sample(predict_group, steps, sampler, schedule, noise, lambda step: on_step((group * steps + step) / 4)))
+    return known.clamp_(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------

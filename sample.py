@@ -207,7 +207,7 @@ def decode_latent(header, model, name):
 
 
 def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, seed=None, eta=None, patch=PATCH,
-               context=CONTEXT, on_step=lambda step: None):
+               context=CONTEXT, on_step=lambda step: None, grouped=False):
     """Bytes of an .hfd file to (PIL RGB image, report with seconds per part).
 
     rho, the realism knob, mixes x_hat + rho (x_sample - x_hat): 0 is the autoencoder's picture, 1 the full sample. seed:
@@ -222,7 +222,7 @@ def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, 
     if rho > 0:
         need_diffusion(model)
         seed = header["seed"] if seed is None else seed
-        x = hfd.sample_picture(model.diffusion, x_hat, q, steps, sampler, seed, eta, energy, patch, context, on_step)
+        x = hfd.sample_picture(model.diffusion, x_hat, q, steps, sampler, seed, eta, energy, patch, context, on_step, grouped)
         x_hat.lerp_(x, rho)
     clock.append(hfd.clock(device))
     return to_image(x_hat, header["width"], header["height"]), {"seconds": dict(zip(
@@ -240,7 +240,7 @@ def progress(steps):
 
     def show(step):
         left = (time.time() - begin) / step * (steps - step)
-        sys.stderr.write(f"\rsampling step {step}/{steps}, {left:.0f} s left " + ("\n" if step == steps else ""))
+        sys.stderr.write(f"\rsampling step {step:g}/{steps}, {left:.0f} s left " + ("\n" if step == steps else ""))
         sys.stderr.flush()
     return show
 
@@ -278,7 +278,7 @@ def run_decompress(args):
     parse(data, args.input)                     # refuse a broken file before loading a model for it
     model = hfd.load_model(args.model, hfd.pick_device(args.device))
     image, report = decompress(data, model, args.input, args.steps, args.sampler, args.rho, args.seed, args.eta, args.patch,
-                               args.context, progress(args.steps))
+                               args.context, progress(args.steps), args.grouped)
     save_picture(image, args.output)
     print(f"{args.output}: {image.width}x{image.height} pixels. seconds: " +
           ", ".join(f"{name} {s:.2f}" for name, s in report["seconds"].items()))
@@ -384,6 +384,7 @@ def command_line():
     d.add_argument("--eta", type=float, help="another noise schedule than the one trained with")
     d.add_argument("--patch", type=int, default=PATCH, help="pixels a side that the U-Net works on at a time")
     d.add_argument("--context", type=int, default=CONTEXT, help="pixels around each patch that it sees; 128 is exact")
+    d.add_argument("--grouped", action="store_true", help="patches in four groups that take turns, as in the paper")
     for p in (c, d):
         p.add_argument("--force", action="store_true", help="overwrite the output if it exists")
     for p in (demo, c, d):

@@ -253,7 +253,7 @@ def train_diffusion(args):
     autoencoder = base.autoencoder
     photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels, args.seed)
     levels = len(autoencoder.config.lambdas)
-    config = hfd.DiffusionConfig(levels=levels, eta=args.eta, preconditioned=not args.plain)
+    config = hfd.DiffusionConfig(levels=levels, eta=args.eta, preconditioned=not args.plain, objective=args.objective)
     model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -318,6 +318,7 @@ def command_line():
         p.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="steps per checkpoint")
     diffusion.add_argument("--autoencoder", metavar="FILE", default="runs/autoencoder.pt", help="checkpoint of stage 1")
     diffusion.add_argument("--eta", type=float, default=0.1, help="shift of the noise schedule; 1 is cosine, the paper has 0.5")
+    diffusion.add_argument("--objective", choices=sorted(hfd.SCHEDULES), default="v", help="v: diffusion; flow: rectified flow")
     diffusion.add_argument("--plain", action="store_true", help="plain v-prediction, without the closed-form start")
     ex = commands.add_parser("export", help="make a training checkpoint small enough to share", **show)
     ex.add_argument("checkpoint", help="what training wrote")
@@ -337,7 +338,8 @@ def main(argv=None):
             raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
         stages[args.stage].set_defaults(**{k: v for k, v in training["args"].items() if k not in ("resume", "pause_at", "out")})
         args = parser.parse_args(argv)
-    args.command = [a for a in argv if a != "--resume"]
+    started = training["args"]["command"] if args.resume else []
+    args.command = started + [a for a in argv[bool(started):] if a != "--resume"]      # all that made it, for the recipe
     if args.crop % hfd.CELL or args.crop <= 0 or args.batch <= 0 or args.steps <= 0:
         raise HFDError("--crop must be a multiple of 16, --batch and --steps at least 1")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

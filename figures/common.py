@@ -163,10 +163,13 @@ class Run:
                 "bpp_each": bpp, "psnr_each": psnr, "rgb_each": rgb}
 
     def finish(self, figure, **more):
-        """Write NAME.png from a matplotlib figure, and NAME.json: command, minutes, hardware, `more` and every point."""
+        """Write NAME.png from a matplotlib figure or PIL image, and NAME.json: command, minutes, hardware, `more` and every point."""
         png = Path(self.args.out, self.name + ".png")
-        hfd.write_atomically(str(png), lambda f: figure.savefig(f, format="png"))
-        plt.close(figure)
+        if isinstance(figure, Image.Image):
+            sample.save_picture(figure, str(png))
+        else:
+            hfd.write_atomically(str(png), lambda f: figure.savefig(f, format="png"))
+            plt.close(figure)
         self._save(self.path, **more)
         self.partial.unlink(missing_ok=True)
         print(f"wrote {png} and {self.path}")

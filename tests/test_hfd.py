@@ -142,6 +142,23 @@ def test_patchwise_sampling_is_whole_image_sampling(denoiser):
         assert (run(patch=64, context=0) - whole).abs().max() > 1e-3
 
 
+def test_groups_take_turns(denoiser):
+    """In groups, a patch sees what earlier groups made and nothing of later ones; one patch alone needs no groups."""
+    x_hat = torch.rand(1, 3, 128, 128, dtype=torch.float64) * 2 - 1
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(hfd, "fast_bf16", lambda device: False)
+        run = lambda patch, **kw: hfd.sample_picture(denoiser, x_hat, 2, 3, "ddim", 5, patch=patch, **kw)
+        assert torch.allclose(run(128, grouped=True), run(128), atol=1e-6)
+        visited = []
+        original = hfd.apply_tiled
+        m.setattr(hfd, "apply_tiled", lambda f, i, out, tile, context, chosen: visited.append(
+            [(r, c) for r in (0, 1) for c in (0, 1) if chosen(r, c)]) or original(f, i, out, tile, context, chosen))
+        grouped = run(64, grouped=True)
+        assert visited == [[(0, 0)]] * 3 + [[(1, 1)]] * 3 + [[(0, 1)]] * 3 + [[(1, 0)]] * 3
+        apart = run(64, context=0, grouped=True)
+        assert (grouped - apart).abs().max() > 1e-3                     # context matters
+
+
 # The noise ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("eta", [0.1, 0.5, 1.0])
@@ -190,10 +207,11 @@ def test_loss_starts_at_one():
     assert loss.item() == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.parametrize("objective", ["v", "flow"])
 @pytest.mark.parametrize("preconditioned", [True, False])
-def test_denoiser_gradients_reach_everything(preconditioned):
-    """Every parameter of the U-Net gets a gradient in both parameterisations."""
-    model = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 12), preconditioned=preconditioned))
+def test_denoiser_gradients_reach_everything(preconditioned, objective):
+    """Every parameter of the U-Net gets a gradient in both parameterisations and objectives."""
+    model = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 12), preconditioned=preconditioned, objective=objective))
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     x = torch.rand(12, 3, 64, 64) * 2 - 1
@@ -226,17 +244,18 @@ def gaussian_denoiser(mean, std):
     return predict_x
 
 
-def sampled(sampler, steps, eta, mean=0.3, std=0.1, count=50_000):
+def sampled(sampler, steps, eta, mean=0.3, std=0.1, count=50_000, schedule=hfd.log_snr_at):
     generator = torch.Generator().manual_seed(1)
     noise = lambda: torch.randn(count, generator=generator, dtype=torch.float64)
-    return hfd.sample(gaussian_denoiser(mean, std), (count,), steps, sampler, eta, noise)
+    return hfd.sample(gaussian_denoiser(mean, std), steps, sampler, lambda t: schedule(t, eta), noise)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("schedule", [hfd.log_snr_at, hfd.flow_log_snr_at])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
 @pytest.mark.parametrize("eta, tolerance", [(0.1, 0.02), (0.5, 0.04)])
-def test_samplers_on_gaussian_data(sampler, eta, tolerance):
-    """On Gaussian data both samplers return its mean and its spread, the more exactly the more steps they take."""
-    few, many = sampled(sampler, 20, eta), sampled(sampler, 250, eta)
+def test_samplers_on_gaussian_data(sampler, eta, tolerance, schedule):
+    """On Gaussian data all samplers return its mean and its spread, the more exactly the more steps they take."""
+    few, many = (sampled(sampler, steps, eta, schedule=schedule) for steps in (10, 250))
     assert few.mean().item() == pytest.approx(0.3, abs=0.003) and many.mean().item() == pytest.approx(0.3, abs=0.003)
     assert many.std().item() == pytest.approx(0.1, rel=tolerance)
     assert abs(many.std() - 0.1) < abs(few.std() - 0.1)
@@ -247,6 +266,39 @@ def test_eta_should_match_the_residual():
     for a residual of 0.1, eta = 0.1 beats both 0.02 and the paper's 0.5, with no network involved."""
     error = {eta: abs(sampled("ddim", 8, eta).std().item() / 0.1 - 1) for eta in (0.02, 0.1, 0.5)}
     assert error[0.1] < 0.16 and error[0.1] < error[0.02] and 2 * error[0.1] < error[0.5]
+
+
+def test_second_order_pays():
+    """Eight steps of the second-order solver come nearer to the data's spread than twenty of DDIM."""
+    error = {(sampler, steps): abs(sampled(sampler, steps, 0.1).std().item() / 0.1 - 1) for sampler, steps in (("dpm", 8), ("ddim", 20))}
+    assert error["dpm", 8] < error["ddim", 20] < 0.07
+
+
+def test_euler_on_the_flow_is_ddim():
+    """Euler steps along rectified flow's straight line, z' += (s - t) (eps - x), end where DDIM ends on the flow's schedule."""
+    predict_x, eta, steps = gaussian_denoiser(0.3, 0.1), 1.0, 12
+    z = torch.randn(1000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start, line = z.clone(), z.clone()
+    for i in range(steps):
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        log_snr = hfd.flow_log_snr_at(t, eta)
+        alpha, _ = hfd.alpha_sigma(log_snr)
+        clean = torch.sigmoid(log_snr / 2)                                                      # 1 - t, clamped as log_snr is
+        x = predict_x(line * alpha / clean, log_snr)                                            # z' scaled to variance 1
+        eps = (line - clean * x) / (1 - clean)
+        line = line + (s - t) * (eps - x)
+    ddim = hfd.sample(predict_x, steps, "ddim", lambda t: hfd.flow_log_snr_at(t, eta), lambda: start)
+    assert torch.allclose(line, ddim, atol=2e-3)
+
+
+def test_flow_is_v_prediction_with_another_weight():
+    """The flow's target eps - x follows from z and v, so an error in v is an error in the flow, (alpha + sigma) times as large."""
+    x, eps, error = (torch.randn(1000, dtype=torch.float64) for _ in range(3))
+    alpha, sigma = hfd.alpha_sigma(torch.tensor(0.8, dtype=torch.float64))
+    z, v = alpha * x + sigma * eps, alpha * eps - sigma * x
+    flow = lambda v: (sigma - alpha) * z + (alpha + sigma) * v
+    assert torch.allclose(flow(v), eps - x)
+    assert torch.allclose(flow(v + error) - flow(v), (alpha + sigma) * error)
 
 
 def test_ancestral_step_is_the_posterior():
@@ -272,5 +324,5 @@ def test_ddim_is_deterministic_and_seeded(denoiser):
     assert torch.equal(run("ddim", 3), run("ddim", 3)) and not torch.equal(run("ddim", 3), run("ddim", 4))
     for sampler, expected in (("ddim", 1), ("ddpm", 4)):
         drawn = []
-        hfd.sample(lambda z, l: z * 0, (4,), 4, sampler, 0.5, lambda: drawn.append(1) or torch.zeros(4))
+        hfd.sample(lambda z, l: z * 0, 4, sampler, lambda t: hfd.log_snr_at(t, 0.5), lambda: drawn.append(1) or torch.zeros(4))
         assert len(drawn) == expected

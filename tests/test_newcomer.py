@@ -1,0 +1,137 @@
+"""What someone meets who has just cloned the repo: the README's commands, the demo, the model that ships."""
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import entropy
+import hfd
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+            for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return hfd.load_model(sample.MODEL, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def portrait():
+    from matplotlib.cbook import get_sample_data
+    with get_sample_data("grace_hopper.jpg") as f:
+        return sample.open_picture(f)[0]
+
+
+def test_every_command_in_the_readme_exists():
+    """Each command of the README names a script that is there and flags that it has."""
+    checked = 0
+    for command in COMMANDS:
+        for part in command.split("&&"):
+            words = shlex.split(part)
+            words = words[words.index("--nproc_per_node") + 2:] if words[0] == "torchrun" else words[1:]
+            if words and words[0] in ("sample.py", "train.py"):
+                parser = sample.command_line() if words[0] == "sample.py" else train.command_line()[0]
+                parser.parse_args(words[1:])
+                checked += 1
+            elif words[:1] == ["-m"] and words[1].startswith("figures."):
+                assert (ROOT / (words[1].replace(".", "/") + ".py")).is_file()
+                checked += 1
+    assert checked >= 8
+
+
+def test_every_link_in_the_readme_leads_somewhere():
+    """Files that the README links to are in the repo; functions that its maps name are in the code."""
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    modules = {"hfd": hfd, "train": train, "sample": sample, "entropy": entropy}
+    named = re.findall(r"`(hfd|train|sample|entropy)\.([A-Za-z_.]+)`", README)
+    assert len(named) >= 8
+    for module, path in named:
+        thing = modules[module]
+        for name in path.split("."):
+            if name not in ("py",):
+                assert hasattr(thing, name), f"{module}.{path}"
+                thing = getattr(thing, name)
+
+
+def test_numbers_in_the_readme_come_from_the_results():
+    """The README's table of results repeats figures/rate_distortion.json to the digit, and speaks of the model that ships."""
+    results = json.loads((ROOT / "figures" / "rate_distortion.json").read_text())
+    assert results["about"]["model"]["autoencoder"] == hfd.load_model(sample.MODEL, torch.device("cpu")).identity.hex()
+    rows = re.findall(r"^\| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+    assert rows
+    for level, bpp, psnr_a, psnr_h, fd_a, fd_h in rows:
+        a, h = (results["points"][f"level {level}"]["variants"][name] for name in ("autoencoder", "HFD"))
+        assert (bpp, psnr_a, psnr_h) == (f"{a['bpp']:.3f}", f"{a['psnr']:.2f}", f"{h['psnr']:.2f}")
+        assert (fd_a, fd_h) == (f"{a['fd']:.1f}", f"{h['fd']:.1f}")
+
+
+def test_demo(tmp_path):
+    """`sample.py demo` needs no argument: it writes a file, its picture and a comparison, and prints what everything costs."""
+    output = subprocess.run([sys.executable, str(ROOT / "sample.py"), "demo"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert output.returncode == 0, output.stderr
+    for word in ("JPEG", "autoencoder", "HFD", "PSNR", "estimated", "payload", "range decoder", "diffusion"):
+        assert word in output.stdout
+    assert "sampling step" in output.stderr
+    assert (tmp_path / "demo" / "portrait.hfd").stat().st_size < 10_000
+    assert Image.open(tmp_path / "demo" / "portrait.png").size == (512, 600)
+    assert Image.open(tmp_path / "demo" / "comparison.png").width > 2000
+
+
+def test_shipped_model_says_how_it_was_made(shipped, capsys):
+    """The checkpoint is small, carries the commands, data, seed, steps and hardware of both stages, and `info` prints them."""
+    assert (ROOT / "checkpoints" / "hfd.pt").stat().st_size < 24 * 2 ** 20
+    sample.main(["info", "--model"])
+    printed = capsys.readouterr().out
+    for stage in ("autoencoder", "diffusion"):
+        recipe = shipped.recipe[stage]
+        assert {"command", "data", "seed", "steps", "hardware", "minutes"} <= recipe.keys()
+        assert recipe["command"].startswith(f"python train.py {stage}") and recipe["command"] in printed
+
+
+def test_shipped_model_spans_the_curve(shipped, portrait):
+    """From level to level the file grows and the error falls; coded size stays within 0.2 % + 16 bytes of the cross-entropy."""
+    x, sizes, errors = sample.to_tensor(portrait, "cpu"), [], []
+    for q in range(len(shipped.autoencoder.config.lambdas)):
+        k = shipped.autoencoder.encode(x, q)
+        data = entropy.encode(k[0].numpy(), shipped.tables, q)
+        assert (entropy.decode(data, shipped.tables, q, k[0].shape) == k[0].numpy()).all()
+        bound = entropy.cross_entropy(k[0].numpy(), shipped.tables, q) / 8
+        assert abs(len(data) - bound) <= 0.002 * bound + 16
+        sizes.append(8 * len(data) / (portrait.width * portrait.height))
+        errors.append(-sample.psnr(portrait, sample.to_image(shipped.autoencoder.decode(k, q), *portrait.size)))
+    assert sorted(sizes) == sizes and sorted(errors, reverse=True) == errors
+    assert sizes[0] < 0.12 and 0.4 < sizes[-1] < 1.2 and -errors[0] > 26 and -errors[-1] > 33
+
+
+def test_sampling_adds_detail_and_keeps_the_colour(shipped, portrait):
+    """HFD's picture has more fine detail than the autoencoder's, costs less than 3.01 dB, and is not tinted."""
+    crop = portrait.crop((256, 400, 512, 600))
+    data, _ = sample.compress(crop, shipped, 2)
+    blurry, full = (sample.decompress(data, shipped, rho=rho)[0] for rho in (0, 1))
+    detail = lambda image: np.abs(np.diff(np.asarray(image, float), axis=1)).mean()
+    assert detail(full) > 1.1 * detail(blurry)
+    assert sample.psnr(crop, blurry) - sample.psnr(crop, full) < 3.01
+    assert np.abs(np.asarray(full, float).mean((0, 1)) - np.asarray(blurry, float).mean((0, 1))).max() < 1
+
+
+def test_default_context_is_enough(shipped, portrait):
+    """With the default context, patches differ from whole-image sampling by less than one grey level in the mean; with none, by more."""
+    crop = portrait.crop((0, 0, 320, 320))
+    x_hat = shipped.autoencoder.decode(shipped.autoencoder.encode(sample.to_tensor(crop, "cpu"), 1), 1)
+    run = lambda patch, context: hfd.sample_picture(shipped.diffusion, x_hat, 1, 4, "ddim", 0, patch=patch, context=context)
+    whole = run(320, 0)
+    error = {context: (run(160, context) - whole).abs().mean().item() * 127.5 for context in (0, sample.CONTEXT)}
+    assert error[sample.CONTEXT] < 1 and error[sample.CONTEXT] < error[0] / 2
