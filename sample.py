@@ -43,7 +43,7 @@ HEADER = struct.Struct(">3sBBBHHI4s")       # without the checksum, which follow
 HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints" / "hfd.pt")
-STEPS, SAMPLER, PATCH, CONTEXT = 20, "ddim", 256, 32     # defaults of decompress, chosen by measurement (README)
+STEPS, SAMPLER, ETA, PATCH, CONTEXT = 4, "dpm", 0.03, 256, 32       # defaults of decompress, chosen by measurement (README)
 
 # ------------------------------------------------------------------------------------------------------
 # Pictures in and out
@@ -206,7 +206,7 @@ def decode_latent(header, model, name):
     return torch.from_numpy(k)[None].to(hfd.device_of(model)), energy
 
 
-def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, seed=None, eta=None, patch=PATCH,
+def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, seed=None, eta=ETA, patch=PATCH,
                context=CONTEXT, on_step=lambda step: None, grouped=False):
     """Bytes of an .hfd file to (PIL RGB image, report with seconds per part).
 
@@ -272,7 +272,7 @@ def run_compress(args):
 
 def run_decompress(args):
     check_target(args.output, args.force, picture=True)
-    if not 0 <= args.rho <= 1 or args.steps < 1 or args.patch < 1 or args.context < 0 or (args.eta is not None and not 0 < args.eta < math.inf):
+    if not 0 <= args.rho <= 1 or args.steps < 1 or args.patch < 1 or args.context < 0 or not 0 < args.eta < math.inf:
         raise HFDError("--rho must lie in [0, 1]; --steps and --patch be at least 1; --context at least 0; --eta a number above 0")
     data = read_file(args.input)
     parse(data, args.input)                     # refuse a broken file before loading a model for it
@@ -381,7 +381,7 @@ def command_line():
     d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), default=SAMPLER, help="ddpm: ancestral; ddim: deterministic; dpm: second order, for few steps")
     d.add_argument("--rho", type=float, default=1.0, help="realism: 0 is the autoencoder's picture, 1 the full sample")
     d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
-    d.add_argument("--eta", type=float, help="another noise schedule than the one trained with")
+    d.add_argument("--eta", type=float, default=ETA, help="shift of the noise schedule: less is less noise; the paper has 0.5")
     d.add_argument("--patch", type=int, default=PATCH, help="pixels a side that the U-Net works on at a time")
     d.add_argument("--context", type=int, default=CONTEXT, help="pixels around each patch that it sees; 128 is exact")
     d.add_argument("--grouped", action="store_true", help="patches in four groups that take turns, as in the paper")

@@ -27,7 +27,7 @@ def ours(run, level):
         variants = {"autoencoder": (sample.to_image(x_hat, *image.size), seconds)}
         if model.diffusion is not None:
             x, sampling = common.timed(hfd.sample_picture, model.diffusion, x_hat, level - 1, sample.STEPS, sample.SAMPLER, seed,
-                                       None, energy, sample.PATCH, sample.CONTEXT)
+                                       sample.ETA, energy, sample.PATCH, sample.CONTEXT)
             variants["HFD"] = sample.to_image(x, *image.size), seconds | {"diffusion": sampling}
         return data, variants
     return code

@@ -1,0 +1,68 @@
+"""The whole path in one diagram, with what really flows along it: a photo, its latent, the file, the blurry picture, noise, the sample.
+
+    python -m figures.path --out figures
+"""
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+import hfd
+import sample
+from figures import common
+from figures.trajectory import Recorder
+
+DETAIL = (230, 380, 486, 572)       # of the portrait
+
+
+def latent_sheet(k):
+    """The 24 first channels of an integer latent (1, M, h, w) as one grey picture, 4 x 6: black 0, white 3 or more steps."""
+    rows = k[0, :24].abs().clamp(max=3).reshape(4, 6, *k.shape[2:]).permute(0, 2, 1, 3)             # (4, h, 6, w)
+    return rows.reshape(4 * k.shape[2], 6 * k.shape[3]).numpy()
+
+
+@torch.no_grad()
+def main(argv=None):
+    run = common.Run("path", __doc__, argv, lambda parser: parser.add_argument(
+        "--level", type=int, default=1, help="quality level of the model"))
+    image, level, model = run.images[0].crop(DETAIL), run.args.level - 1, run.model
+    data, _ = sample.compress(image, model, run.args.level, run.args.seed)
+    k, _ = sample.decode_latent(sample.parse(data, "path"), model, "path")
+    x_hat = model.autoencoder.decode(k, level)
+    recorder = Recorder(model.diffusion)
+    x = hfd.sample_picture(recorder, x_hat, level, 20, "ddim", run.args.seed, patch=max(x_hat.shape), context=0)
+    picture = lambda t: np.asarray(sample.to_image(t.float().clone(), *image.size))
+
+    plt.rcParams.update(common.STYLE)
+    figure = plt.figure(figsize=(11, 3.1), layout="none")
+    nodes = [("x, the photo", np.asarray(image)), ("k, the latent:\nrounded, 1/16 of the size", latent_sheet(k.cpu())), (f"the file:\n{len(data)} bytes", None),
+             ("x_hat: right, but blurry", picture(x_hat)), ("z_t: noise, and what\nthe file tells", picture(recorder.frames[8][1].clamp(-1, 1))),
+             ("x_sample: one of the pictures\nthat it could have been", picture(x))]
+    steps = ["hfd.Analysis,\nround", "entropy.encode\n(range coder)", "entropy.decode,\nhfd.Synthesis", "add noise", "hfd.UNet,\nstep by step"]
+    width, gap = 0.118, 0.056
+    for i, (name, content) in enumerate(nodes):
+        left = 0.012 + i * (width + gap)
+        cell = figure.add_axes((left, 0.30, width, 0.52))
+        if content is None:
+            text = "\n".join(" ".join(f"{byte:02x}" for byte in data[n:n + 8]) for n in range(0, 72, 8)) + "\n..."
+            cell.text(0.5, 0.5, text, family="monospace", fontsize=6.5, ha="center", va="center")
+            cell.set(xticks=[], yticks=[])
+            cell.grid(False)
+        else:
+            cell.imshow(content, cmap="gray", aspect="auto")
+            cell.axis("off")
+        figure.text(left + width / 2, 0.27, name, ha="center", va="top", fontsize=8)
+        if i < len(steps):
+            figure.add_artist(plt.matplotlib.patches.FancyArrowPatch((left + width + 0.004, 0.56), (left + width + gap - 0.004, 0.56),
+                                                                     transform=figure.transFigure, arrowstyle="-|>", mutation_scale=10))
+            figure.text(left + width + gap / 2, 0.60, steps[i], ha="center", va="bottom", fontsize=6.2)
+    stages = (("stage 1, trained for rate + lambda * MSE: all of the bits", 0.012, 3 * (width + gap) + width, "#0072B2"),
+              ("stage 2, diffusion: all of the realism", 0.012 + 4 * (width + gap), width * 2 + gap, "#D55E00"))
+    for text, left, length, colour in stages:
+        figure.add_artist(plt.Line2D((left, left + length), (0.89, 0.89), color=colour, linewidth=2))
+        figure.text(left + length / 2, 0.91, text, color=colour, ha="center", va="bottom", fontsize=9)
+    run.points["file"] = {"bytes": len(data), "minutes": 0.0}
+    run.finish(figure)
+
+
+if __name__ == "__main__":
+    hfd.run(main)
