@@ -113,18 +113,21 @@ def test_shipped_model_spans_the_curve(shipped, portrait):
         sizes.append(8 * len(data) / (portrait.width * portrait.height))
         errors.append(-sample.psnr(portrait, sample.to_image(shipped.autoencoder.decode(k, q), *portrait.size)))
     assert sorted(sizes) == sizes and sorted(errors, reverse=True) == errors
-    assert sizes[0] < 0.12 and 0.4 < sizes[-1] < 1.2 and -errors[0] > 26 and -errors[-1] > 33
+    assert sizes[0] < 0.2 and 0.7 < sizes[-1] and -errors[0] > 26 and -errors[-1] > 33
 
 
-def test_sampling_adds_detail_and_keeps_the_colour(shipped, portrait):
-    """HFD's picture has more fine detail than the autoencoder's, costs less than 3.01 dB, and is not tinted."""
+def test_a_sample_is_one_of_many_and_not_tinted(shipped, portrait):
+    """Two seeds give two pictures from one file; each costs less than theory's 3.01 dB and keeps the colours; more noise in the
+    schedule means more invented detail."""
     crop = portrait.crop((256, 400, 512, 600))
     data, _ = sample.compress(crop, shipped, 2)
-    blurry, full = (sample.decompress(data, shipped, rho=rho)[0] for rho in (0, 1))
+    blurry, one, two, grainy = (sample.decompress(data, shipped, **settings)[0] for settings in (
+        {"rho": 0}, {"seed": 1}, {"seed": 2}, {"eta": 0.1, "steps": 8}))
     detail = lambda image: np.abs(np.diff(np.asarray(image, float), axis=1)).mean()
-    assert detail(full) > 1.1 * detail(blurry)
-    assert sample.psnr(crop, blurry) - sample.psnr(crop, full) < 3.01
-    assert np.abs(np.asarray(full, float).mean((0, 1)) - np.asarray(blurry, float).mean((0, 1))).max() < 1
+    assert one != two and detail(grainy) > detail(one)
+    for picture in (one, two):
+        assert sample.psnr(crop, blurry) - sample.psnr(crop, picture) < 3.01
+        assert np.abs(np.asarray(picture, float).mean((0, 1)) - np.asarray(blurry, float).mean((0, 1))).max() < 1
 
 
 def test_default_context_is_enough(shipped, portrait):

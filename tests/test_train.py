@@ -20,7 +20,7 @@ TINY = ["--batch", "4", "--crop", "32", "--device", "cpu", "--warmup", "5", "--l
 
 SMALL = """
 hfd.AutoencoderConfig.__init__.__defaults__ = ((0.0002, 0.002), 48, (8, 8, 8, 8), (0, 0, 0, 1))
-hfd.DiffusionConfig.__init__.__defaults__ = (2, (8, 12), 1, 0.1, True)
+hfd.DiffusionConfig.__init__.__defaults__ = (2, (8, 12), 1, 0.1, True, "v")
 """
 
 
@@ -115,7 +115,7 @@ def test_training_learns(small_networks, tmp_path, capsys):
     assert loss[100] == pytest.approx(RECORDED_LOSS, rel=0.01)
 
 
-RECORDED_LOSS = 1.0145     # of test_training_learns; bfloat16 and thread counts move it by less than the tolerance
+RECORDED_LOSS = 1.0602     # of test_training_learns; bfloat16 and thread counts move it by less than the tolerance
 
 
 def test_checkpoint_rebuilds_its_model(small_networks, folder, tmp_path):
