@@ -29,16 +29,17 @@ def main(argv=None):
     k, _ = sample.decode_latent(sample.parse(data, "path"), model, "path")
     x_hat = model.autoencoder.decode(k, level)
     recorder = Recorder(model.diffusion)
-    x = hfd.sample_picture(recorder, x_hat, level, 20, "ddim", run.args.seed, patch=max(x_hat.shape), context=0)
+    hfd.sample_picture(recorder, x_hat, level, 20, "ddim", run.args.seed, patch=max(x_hat.shape), context=0)
+    x = hfd.sample_picture(model.diffusion, x_hat, level, sample.STEPS, sample.SAMPLER, run.args.seed, sample.ETA)
     picture = lambda t: np.asarray(sample.to_image(t.float().clone(), *image.size))
 
     plt.rcParams.update(common.STYLE)
-    figure = plt.figure(figsize=(11, 3.1), layout="none")
-    nodes = [("x, the photo", np.asarray(image)), ("k, the latent:\nrounded, 1/16 of the size", latent_sheet(k.cpu())), (f"the file:\n{len(data)} bytes", None),
+    figure = plt.figure(figsize=(12, 3.1), layout="none")
+    nodes = [("x, the photo", np.asarray(image)), ("k, the latent: rounded,\n24 of its channels", latent_sheet(k.cpu())), (f"the file:\n{len(data)} bytes", None),
              ("x_hat: right, but blurry", picture(x_hat)), ("z_t: noise, and what\nthe file tells", picture(recorder.frames[8][1].clamp(-1, 1))),
-             ("x_sample: one of the pictures\nthat it could have been", picture(x))]
+             ("x_sample: a picture\nthat it could have been", picture(x))]
     steps = ["hfd.Analysis,\nround", "entropy.encode\n(range coder)", "entropy.decode,\nhfd.Synthesis", "add noise", "hfd.UNet,\nstep by step"]
-    width, gap = 0.118, 0.056
+    width, gap = 0.104, 0.069
     for i, (name, content) in enumerate(nodes):
         left = 0.012 + i * (width + gap)
         cell = figure.add_axes((left, 0.30, width, 0.52))
@@ -47,6 +48,7 @@ def main(argv=None):
             cell.text(0.5, 0.5, text, family="monospace", fontsize=6.5, ha="center", va="center")
             cell.set(xticks=[], yticks=[])
             cell.grid(False)
+            cell.spines[:].set_visible(True)
         else:
             cell.imshow(content, cmap="gray", aspect="auto")
             cell.axis("off")
