@@ -700,14 +700,19 @@ def fast_bf16(device):
     """Whether bfloat16 is worth it: on GPUs of the last years, and on CPUs with instructions for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return device.type == "cpu" and bool(cpu_capabilities().get("avx512_bf16"))
+
+
+def cpu_capabilities():
+    """What torch knows of this CPU, as a dictionary; older versions of torch know nothing."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def hardware(device):
     """What this runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    name = cpu_capabilities().get("cpu_name", platform.processor())
     return f"{device.type.upper()}, {name}, {torch.get_num_threads()} threads" + (", bfloat16" if fast_bf16(device) else "")
 
 
