@@ -264,10 +264,12 @@ class RangeDecoder:
 # needs no table and no upper bound, and small n are cheap: right for values too rare to have a count of their own.
 
 def encode_gamma(coder, n):
+    """Code the integer n >= 1 with a RangeEncoder, in 2 floor(log2 n) + 1 bits."""
     coder.encode_bits(n, 2 * n.bit_length() - 1)                # the leading zeros are those of a wider field
 
 
 def decode_gamma(coder):
+    """The integer that `encode_gamma` was given, from a RangeDecoder. ValueError if it would reach 2^31."""
     digits = 1
     while not coder.decode_bits(1):
         digits += 1
@@ -280,7 +282,7 @@ def decode_gamma(coder):
 # 4. A whole latent
 # ------------------------------------------------------------------------------------------------------
 
-FLAG_FROM = 4       # symbols in a channel
+FLAG_FROM = 4       # a channel of fewer symbols has no flag: there its cost would be noticed
 
 
 def _zero_flag(cdf, low, count):

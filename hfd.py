@@ -54,6 +54,7 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, colum
     rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (-2, -1))
 
     def cut(t, top, bottom, left, right):
+        """The window of t between these cells, a view."""
         s = t.shape[-2] // rows                             # samples per cell: 16 in a picture, 1 in a latent
         return t[..., top * s:bottom * s, left * s:right * s]
 
@@ -129,6 +130,7 @@ class ResidualBlock(nn.Module):
         self.gain = nn.Parameter(torch.ones(levels, width))
 
     def forward(self, x, q):
+        """x: (B, C, h, w); q: (B,) levels. Returns the shape of x."""
         h = self.conv1(F.relu(x)) * self.gain[q][:, :, None, None].to(x.dtype)                  # (B, C, h, w)
         return x + self.conv2(F.relu(h))
 
@@ -141,6 +143,7 @@ class Transform(nn.Module):
     ever does is improve on the linear one."""
 
     def run(self, layers, h, q):
+        """Apply the deep path; only its residual blocks are told the level q, (B,)."""
         for layer in layers:
             h = layer(h, q) if isinstance(layer, ResidualBlock) else layer(h)
         return h
@@ -166,6 +169,7 @@ class Analysis(Transform):
         self.deep = nn.ModuleList(layers)
 
     def forward(self, x, q):
+        """x: (B, 3, H, W) in [-1, 1], sides multiples of 16; q: (B,) levels. Returns y in float32."""
         x = x.contiguous(memory_format=torch.channels_last)                                     # (B, 3, H, W)
         return self.linear(x).float() + self.run(self.deep, x, q).float()                       # (B, M, H/16, W/16)
 
@@ -190,6 +194,7 @@ class Synthesis(Transform):
         self.deep = nn.ModuleList(layers)
 
     def forward(self, y, q):
+        """y: (B, M, h, w), dequantized; q: (B,) levels. Returns x_hat in float32, not yet clamped to [-1, 1]."""
         y = y.contiguous(memory_format=torch.channels_last)                                     # (B, M, h, w)
         return self.linear(y).float() + self.run(self.deep, y, q).float()                       # (B, 3, 16 h, 16 w)
 
@@ -313,6 +318,7 @@ class ChannelNorm(nn.Module):
     and no patch could be computed by itself."""
 
     def forward(self, x):
+        """x: (B, C, h, w). Returns its shape, each pixel with mean square 1 over its channels."""
         return x * (x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt()                        # (B, C, h, w)
 
 
@@ -329,6 +335,7 @@ class UNetBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, c):
+        """x: (B, C, h, w); c: (B, conditioning). Returns the shape of x."""
         scale, shift = self.film(c)[:, :, None, None].chunk(2, dim=1)                           # (B, C, 1, 1) each
         h = self.conv1(F.silu(self.norm(x)))                                                    # (B, C, h, w)
         h = self.norm(h) * (1 + scale) + shift
@@ -551,6 +558,7 @@ def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None,
     schedule = lambda t: SCHEDULES[diffusion.config.objective](t, eta or diffusion.config.eta)
 
     def predict_x(z, log_snr, chosen=lambda row, column: True):
+        """The denoiser on the whole canvas (1, 3, H, W), patch by patch, or on the chosen patches."""
         ratio = log_snr.to(x_hat.dtype).reshape(1).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             return apply_tiled(lambda z, x_hat, *e: diffusion.predict_x(z, x_hat, ratio, level, *e), [z, x_hat, *extra], x,
@@ -561,6 +569,7 @@ def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None,
     known = x_hat.clone()
     for group, (i, j) in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):
         def predict_group(z, log_snr):
+            """The denoiser on this group's patches; everywhere else, what is known."""
             x.copy_(known)
             return predict_x(z, log_snr, lambda row, column: (row % 2, column % 2) == (i, j))
         known.copy_(sample(predict_group, steps, sampler, schedule, noise, lambda step: on_step((group * steps + step) / 4)))
@@ -625,6 +634,7 @@ def pack(autoencoder, tables, diffusion, recipe, half=False):
     """The dictionary that a checkpoint file holds: configs, weights, integer tables, how they were made, and a digest that
     tells damage. With `half`, the networks' matrices are stored as float16; steps, prior and tables never are."""
     def part(module):
+        """Configuration and weights of one network, or nothing of none."""
         if module is None:
             return {"config": {}, "weights": {}}
         return {"config": asdict(module.config), "weights": {

@@ -258,6 +258,7 @@ def read_file(path):
 
 
 def run_compress(args):
+    """compress: picture to .hfd file."""
     check_target(args.output, args.force)
     image, remarks = open_picture(args.input)
     for remark in remarks:
@@ -271,6 +272,7 @@ def run_compress(args):
 
 
 def run_decompress(args):
+    """decompress: .hfd file to picture."""
     check_target(args.output, args.force, picture=True)
     if not 0 <= args.rho <= 1 or args.steps < 1 or args.patch < 1 or args.context < 0 or not 0 < args.eta < math.inf:
         raise HFDError("--rho must lie in [0, 1]; --steps and --patch be at least 1; --context at least 0; --eta a number above 0")
@@ -285,6 +287,7 @@ def run_decompress(args):
 
 
 def run_info(args):
+    """info: the header of a file, or how a checkpoint was made."""
     if (args.input is None) == (args.model is None):
         raise HFDError("info takes an .hfd file, or --model for a checkpoint")
     if args.model:
@@ -331,6 +334,7 @@ def contact_sheet(pictures, detail, zoom):
 
 
 def run_demo(args):
+    """demo: the whole path on a portrait, beside a JPEG of as many bytes."""
     from matplotlib.cbook import get_sample_data        # here, since nothing else needs matplotlib
     os.makedirs(args.out, exist_ok=True)
     paths = [os.path.join(args.out, name) for name in ("portrait.hfd", "portrait.png", "comparison.png")]

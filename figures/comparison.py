@@ -20,6 +20,7 @@ def largest_within(encode, image, size, settings):
 
 
 def main(argv=None):
+    """Code the portrait with each codec in as many bytes, and set the results side by side."""
     run = common.Run("comparison", __doc__, argv, lambda parser: parser.add_argument(
         "--level", type=int, default=1, help="quality level of the model"))
     image, args = run.images[0], run.args

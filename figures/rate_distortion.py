@@ -135,6 +135,7 @@ def draw(curves, kodak, feature_name):
 
 
 def main(argv=None):
+    """Measure, print, draw."""
     run = common.Run("rate_distortion", __doc__, argv)
     curves = measure(run)
     summary = summarise(curves, run.kodak)

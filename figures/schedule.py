@@ -53,6 +53,7 @@ def draw(image, seed):
 
 
 def main(argv=None):
+    """Draw the figure and write its numbers."""
     parser = argparse.ArgumentParser(prog="python -m figures.schedule", description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", metavar="DIR", default="runs/figures", help="folder for schedule.png and schedule.json")

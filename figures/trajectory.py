@@ -20,12 +20,14 @@ class Recorder:
         self.config, self.diffusion, self.frames = diffusion.config, diffusion, []
 
     def predict_x(self, z, x_hat, log_snr, *more):
+        """As hfd.Diffusion.predict_x."""
         x = self.diffusion.predict_x(z, x_hat, log_snr, *more)                                      # (1, 3, H, W)
         self.frames.append((float(log_snr), z.clone(), x.clone()))
         return x
 
 
 def main(argv=None):
+    """Sample a detail of the portrait, and draw every stage of it as a strip and a GIF."""
     run = common.Run("trajectory", __doc__, argv, lambda parser: parser.add_argument(
         "--level", type=int, default=1, help="quality level of the model"))
     image, level = run.images[0].crop((300, 420, 492, 564)), run.args.level - 1
