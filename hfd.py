@@ -24,6 +24,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,6 +35,8 @@ from entropy import FactorizedPrior, Tables, freeze
 # Working in tiles
 # ------------------------------------------------------------------------------------------------------
 
+COLOUR = F.normalize(                 # an orthonormal rotation of (R, G, B), a DCT again: most of a
+    torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64))     # photo is in the first axis, grey
 CELL = 16   # pixels per latent sample and side. Every network's total stride divides it; pictures are padded to it.
 
 
@@ -80,7 +83,7 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, colum
 class AutoencoderConfig:
     """What rebuilds an Autoencoder. One entry of `lambdas` per quality level: the price of squared error, in
     bits per pixel for one unit of MSE on the scale 0..255. Widths and blocks per stage, at 1/2, 1/4, 1/8, 1/16."""
-    lambdas: tuple = (0.0009, 0.0019, 0.0039, 0.0081, 0.0168, 0.035)
+    lambdas: tuple = (0.0004, 0.0009, 0.0019, 0.0042, 0.0091, 0.02)
     latents: int = 320
     widths: tuple = (32, 64, 128, 160)
     blocks: tuple = (0, 1, 2, 2)
@@ -91,7 +94,7 @@ def transform_basis(count):
 
     Start from what is known. JPEG's idea (Ahmed, Natarajan & Rao 1974): rotate the colours so that most energy is in one
     channel, then expand each block of pixels in cosines (DCT); photographs put nearly all their energy into few of the
-    coefficients. The colour rotation here is a DCT of (R, G, B) too: grey, red - blue, green - magenta.
+    coefficients.
 
     Blocks show their edges at low rates, so JPEG's blocks are replaced by functions twice as wide that overlap
     by half and still form an orthonormal basis: the lapped orthogonal transform (Malvar & Staelin 1989). Its recipe: the even
@@ -110,12 +113,10 @@ def transform_basis(count):
     covariance = 0.95 ** (wide - wide[:, None]).abs()                                           # (32, 32)
     energy, rotation = torch.linalg.eigh(lapped @ covariance @ lapped.T)                        # (16,), (16, 16)
     lapped = rotation.T @ lapped
-    colour = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
-    colour = colour / colour.norm(dim=1, keepdim=True)                                          # (3, RGB)
     importance = torch.tensor([1, 0.05, 0.05])[:, None, None] * energy[:, None] * energy        # (3, 16, 16)
     chosen = importance.flatten().argsort(descending=True)[:count]
     c, u, v = chosen // CELL ** 2, chosen // CELL % CELL, chosen % CELL                         # each (count,)
-    return torch.einsum("mc,mi,mj->mcij", colour[c], lapped[u], lapped[v]).float()              # (count, 3, 32, 32)
+    return torch.einsum("mc,mi,mj->mcij", COLOUR[c], lapped[u], lapped[v]).float()              # (count, 3, 32, 32)
 
 
 class ResidualBlock(nn.Module):
@@ -155,9 +156,10 @@ class Analysis(Transform):
 
     def __init__(self, config, basis):
         super().__init__()
-        self.linear = nn.Conv2d(3, config.latents, 2 * CELL, stride=CELL, padding=CELL // 2)
-        self.linear.weight.data.copy_(basis)
-        nn.init.zeros_(self.linear.bias)
+        conv = nn.Conv2d(3 * CELL ** 2, config.latents, 2)
+        conv.weight.data.copy_(F.pixel_unshuffle(basis, CELL))
+        nn.init.zeros_(conv.bias)
+        self.linear = nn.Sequential(nn.ZeroPad2d(CELL // 2), nn.PixelUnshuffle(CELL), conv)
         layers, width = [], 3
         for w, n in zip(config.widths, config.blocks):
             layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * width, w, 3, padding=1)]
@@ -180,9 +182,10 @@ class Synthesis(Transform):
 
     def __init__(self, config, basis):
         super().__init__()
-        self.linear = nn.ConvTranspose2d(config.latents, 3, 2 * CELL, stride=CELL, padding=CELL // 2)
-        self.linear.weight.data.copy_(basis)
-        nn.init.zeros_(self.linear.bias)
+        conv = nn.Conv2d(config.latents, 3 * CELL ** 2, 2, padding=1)
+        conv.weight.data.copy_(F.pixel_unshuffle(basis, CELL).transpose(0, 1).flip(2, 3))
+        nn.init.zeros_(conv.bias)
+        self.linear = nn.Sequential(conv, nn.PixelShuffle(CELL), nn.ZeroPad2d(-CELL // 2))
         width = config.widths[-1]
         layers = [nn.Conv2d(config.latents, width, 3, padding=1)]
         for w, n in zip((config.widths[-2::-1] + (3,)), config.blocks[::-1]):
@@ -210,7 +213,8 @@ class Autoencoder(nn.Module):
     def __init__(self, config=None):
         super().__init__()
         self.config = config = config or AutoencoderConfig()
-        basis = transform_basis(config.latents)
+        with torch.device("cpu"):                           # whatever device the rest is built on
+            basis = transform_basis(config.latents)
         self.analysis, self.synthesis = Analysis(config, basis), Synthesis(config, basis)
         self.prior = FactorizedPrior(config.latents)
         # Which steps to start from: at high rate, a coefficient quantized with step d costs h - log2 d bits and has
@@ -218,6 +222,13 @@ class Autoencoder(nn.Module):
         # The transform is orthonormal, so that errors in y are errors in x; `price` is lambda in units of a [-1, 1] channel.
         price = torch.tensor(config.lambdas) * 127.5 ** 2 / 3
         self.log_step = nn.Parameter((0.5 * torch.log(6 / (price * math.log(2))))[:, None].repeat(1, config.latents))
+        self.offset = nn.Parameter(torch.zeros(len(config.lambdas), config.latents))            # see dequantize
+
+    def dequantize(self, k, q):
+        """Integers k (B, M, h, w) at levels q (B,) to y_hat. Not to the middle of each bin: small values are more probable than large
+        ones, so what fell into a bin lies on the side of zero more often than not. How far to move there is learned."""
+        step, offset = self.log_step[q].exp()[:, :, None, None], self.offset[q][:, :, None, None]    # (B, M, 1, 1)
+        return step * (k - offset * k.sign())                                                   # (B, M, h, w)
 
     def forward(self, x, q):
         """The training objective. x: (B, 3, H, W) in [-1, 1], H and W multiples of 16; q: (B,) levels.
@@ -233,8 +244,8 @@ class Autoencoder(nn.Module):
         # The decoder must see what it will see in earnest, truly rounded values; the gradient passes straight through
         # to y / step. So step is pushed by both: the rate wants it wide, the error wants it narrow.
         u = y / step
-        y_hat = step * (u + (u.round() - u).detach())                                           # (B, M, h, w)
-        x_hat = self.synthesis(y_hat, q)                                                        # (B, 3, H, W)
+        k = u + (u.round() - u).detach()                                                        # (B, M, h, w)
+        x_hat = self.synthesis(self.dequantize(k, q), q)                                        # (B, 3, H, W)
         mse = (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2                             # (B,)
         lambdas = torch.tensor(self.config.lambdas, device=x.device)
         # Levels cost from 0.1 to 1 bit per pixel. Dividing by sqrt(lambda) lets a per cent weigh about the same at each.
@@ -252,9 +263,9 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode(self, k, q, tile=1024):
         """Integer latent k (1, M, h, w) to the reconstruction x_hat (1, 3, 16 h, 16 w), in [-1, 1]."""
-        y_hat = k * self.log_step[q].exp()[:, None, None]                                       # (1, M, h, w)
-        x_hat = y_hat.new_empty(1, 3, CELL * k.shape[-2], CELL * k.shape[-1])
         level = torch.tensor([q], device=k.device)
+        y_hat = self.dequantize(k, level)                                                       # (1, M, h, w)
+        x_hat = y_hat.new_empty(1, 3, CELL * k.shape[-2], CELL * k.shape[-1])
         return apply_tiled(lambda window: self.synthesis(window, level), [y_hat], x_hat, tile).clamp_(-1, 1)
 
 
@@ -343,35 +354,34 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A compact U-Net (Ronneberger et al. 2015): down to 1/8 resolution and up again, with additive shortcuts.
+    """A compact U-Net (Ronneberger et al. 2015): two halvings and two doublings of the resolution, with additive shortcuts.
 
-    No attention and nothing that mixes distant pixels: see `apply_tiled` for what that buys. It begins by folding
-    2x2 pixels into channels, so that no convolution runs at full resolution."""
+    No attention and nothing that mixes distant pixels: see `apply_tiled` for what that buys."""
 
-    def __init__(self, inputs, widths, blocks, levels, conditioning=256):
+    def __init__(self, inputs, outputs, widths, blocks, levels, conditioning=256):
         super().__init__()
         self.level = nn.Embedding(levels, conditioning)
         self.embed = nn.Sequential(nn.Linear(64, conditioning), nn.SiLU(), nn.Linear(conditioning, conditioning))
         stack = lambda width: nn.ModuleList(UNetBlock(width, conditioning) for _ in range(blocks))
         pairs = list(zip(widths, widths[1:]))
-        self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * inputs, widths[0], 3, padding=1))
+        self.stem = nn.Conv2d(inputs, widths[0], 3, padding=1)
         self.down = nn.ModuleList(stack(w) for w in widths)
         self.shrink = nn.ModuleList(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1)) for a, b in pairs)
         self.up = nn.ModuleList(stack(w) for w in widths)
         self.grow = nn.ModuleList(nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in pairs)
-        self.head = nn.Sequential(ChannelNorm(), nn.Conv2d(widths[0], 4 * 3, 3, padding=1), nn.PixelShuffle(2))
+        self.head = nn.Sequential(ChannelNorm(), nn.Conv2d(widths[0], outputs, 3, padding=1))
         nn.init.zeros_(self.head[1].weight)
         nn.init.zeros_(self.head[1].bias)
 
     def forward(self, x, log_snr, q):
-        """x: (B, inputs, H, W), sides multiples of 8; log_snr: (B,); q: (B,) levels. Returns (B, 3, H, W)."""
+        """x: (B, inputs, h, w), sides multiples of 4; log_snr: (B,); q: (B,) levels. Returns (B, outputs, h, w)."""
         # Sines and cosines of log_snr, from slow to fast, let a small network tell nearby noise levels apart.
         angles = log_snr[:, None] * torch.logspace(-1.5, 0.5, 32, device=x.device)              # (B, 32)
         c = F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.level(q))  # (B, conditioning)
-        h, shortcuts = self.stem(x.contiguous(memory_format=torch.channels_last)), []           # (B, C0, H/2, W/2)
+        h, shortcuts = self.stem(x.contiguous(memory_format=torch.channels_last)), []           # (B, C0, h, w)
         for i, stack in enumerate(self.down):
             for block in stack:
-                h = block(h, c)                                                                 # (B, Ci, H/2^(i+1), ..)
+                h = block(h, c)                                                                 # (B, Ci, h/2^i, w/2^i)
             if i < len(self.shrink):
                 shortcuts.append(h)
                 h = self.shrink[i](h)
@@ -380,7 +390,27 @@ class UNet(nn.Module):
                 h = self.grow[i](h) + shortcuts.pop()
             for block in self.up[i]:
                 h = block(h, c)
-        return self.head(h).float()                                                             # (B, 3, H, W)
+        return self.head(h).float()                                                             # (B, outputs, h, w)
+
+
+HAAR = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64) / math.sqrt(2)
+PLANES = torch.kron(COLOUR, torch.kron(HAAR, HAAR))         # (12, 12), orthonormal
+
+
+def to_planes(x):
+    """Pictures (B, 3, H, W) to 12 planes each, (B, 12, H/2, W/2): every 2x2 square of pixels in an orthonormal basis, three colour axes
+    (grey, red - blue, green - magenta) times the four Haar functions (mean, horizontal, vertical, diagonal).
+
+    The denoiser works in these planes: no convolution then runs at full resolution, and what autoencoders lose differs much
+    more between the planes than between pixels. White noise stays white noise under a rotation, so diffusion does not notice."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum("pc,bchw->bphw", PLANES.to(x), F.pixel_unshuffle(x, 2))             # (B, 12, H/2, W/2)
+
+
+def from_planes(p):
+    """The inverse of `to_planes`: (B, 12, H/2, W/2) to (B, 3, H, W)."""
+    with torch.autocast(p.device.type, enabled=False):
+        return F.pixel_shuffle(torch.einsum("pc,bphw->bchw", PLANES.to(p), p), 2)               # (B, 3, H, W)
 
 
 ENERGY_LEVELS = 8   # of the HFD+ map: powers of two of the residual's expected energy, from 2^-4 to 2^3
@@ -389,11 +419,11 @@ ENERGY_LEVELS = 8   # of the HFD+ map: powers of two of the residual's expected 
 def residual_energy(x, x_hat, std, block):
     """The HFD+ map (paper, section on HFD+): how much detail the reconstruction lacks, block by block, in 8 levels.
 
-    x, x_hat: (B, 3, H, W); std: (B,), the rms residual that the level usually has; block: pixels, a power of two.
+    x, x_hat: (B, 3, H, W); std: (B, 12), the rms residual that the level usually has; block: pixels, a power of two.
     Returns (B, 1, ceil(H / block), ceil(W / block)) integers 0..7: 4 + log2(mean square residual / std^2), rounded."""
     energy = (x - x_hat).square().mean(dim=1, keepdim=True)                                     # (B, 1, H, W)
     energy = F.avg_pool2d(energy, block, ceil_mode=True)                                        # (B, 1, H/block, W/block)
-    ratio = energy / std[:, None, None, None] ** 2
+    ratio = energy / std.square().mean(dim=1)[:, None, None, None]
     return (4 + torch.log2(ratio + 1e-9)).round().clamp(0, ENERGY_LEVELS - 1)
 
 
@@ -420,66 +450,65 @@ class Diffusion(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.net = UNet(3 + 3 + 2, config.widths, config.blocks, config.levels)
-        self.register_buffer("residual_std", torch.full((config.levels,), 0.1))                 # (Q,) rms of x - x_hat
-
-    def _inputs(self, z, x_hat, energy):
-        """z and x_hat with the two HFD+ planes, (B, 8, H, W): the map, scaled to about +-1, and whether there is one."""
-        if energy is None:
-            planes = z.new_zeros(z.shape[0], 2, *z.shape[2:])
-        else:                                                       # negative marks "no map for this picture"
-            energy = F.interpolate(energy.to(z.dtype), size=z.shape[2:], mode="nearest")
-            planes = torch.cat([(energy - 4) / 4 * (energy >= 0), (energy >= 0).to(z.dtype)], dim=1)
-        return torch.cat([z, x_hat, planes], dim=1)
+        self.net = UNet(12 + 12 + 2, 12, config.widths, config.blocks, config.levels)
+        self.register_buffer("residual_std", torch.full((config.levels, 12), 0.1))              # (Q, 12) rms of x - x_hat
 
     def split(self, z, x_hat, log_snr, q):
         """What is known of v in closed form: (mean, std, whitened residual), so that v = mean + std * (something of size 1).
 
-        Suppose x ~ N(x_hat, s^2), independently for each pixel: all that the autoencoder's error s says. Then
-        d = z - alpha x_hat has variance S = alpha^2 s^2 + sigma^2, and by the rules for Gaussians
+        Suppose x ~ N(x_hat, s^2), independently for each pixel, with an s of its own for each plane and level: that is all that
+        the autoencoder's errors say. Then d = z - alpha x_hat has variance S = alpha^2 s^2 + sigma^2, and by the rules for Gaussians
             E[v | z] = alpha sigma (1 - s^2) d / S - sigma x_hat,     std[v | z] = s / sqrt(S).
         This is preconditioning (Karras et al. 2022, section 5), centred on x_hat. As the autoencoder starts from a
         DCT, so the denoiser starts from here: with the network still at zero it already is the best denoiser
-        that knows s and nothing about pictures."""
-        log_snr, s = log_snr[:, None, None, None], self.residual_std[q][:, None, None, None]    # (B, 1, 1, 1)
+        that knows s and nothing about pictures. z, x_hat, returns: planes."""
+        log_snr, s = log_snr[:, None, None, None], self.residual_std[q][:, :, None, None]       # (B, 1 or 12, 1, 1)
         alpha, sigma = alpha_sigma(log_snr)
         d, S = z - alpha * x_hat, alpha ** 2 * s ** 2 + sigma ** 2
         return alpha * sigma * (1 - s ** 2) * d / S - sigma * x_hat, s / S.sqrt(), d / S.sqrt()
 
     def velocity(self, z, x_hat, log_snr, q, energy=None):
-        """The network's v for z_t = z. z, x_hat: (B, 3, H, W); log_snr, q: (B,); energy: HFD+ map or None."""
+        """The network's v for z_t = z. z, x_hat, returns: planes (B, 12, h, w); log_snr, q: (B,); energy: HFD+ map, (B, 1, ., .) at any
+        resolution, or None. Where it is negative, that picture has none."""
+        if energy is None:
+            energy = z.new_full((len(z), 1, 1, 1), -1)
+        there = (energy >= 0).to(z.dtype)
+        hints = F.interpolate(torch.cat([(energy - 4) / 4 * there, there], dim=1), size=z.shape[2:], mode="nearest")  # (B, 2, h, w)
         if not self.config.preconditioned:
-            return self.net(self._inputs(z, x_hat, energy), log_snr, q)
+            return self.net(torch.cat([z, x_hat, hints], dim=1), log_snr, q)
         mean, std, whitened = self.split(z, x_hat, log_snr, q)
-        return mean + std * self.net(self._inputs(whitened, x_hat, energy), log_snr, q)         # (B, 3, H, W)
+        return mean + std * self.net(torch.cat([whitened, x_hat, hints], dim=1), log_snr, q)    # (B, 12, h, w)
 
     def predict_x(self, z, x_hat, log_snr, q, energy=None):
-        """The expected picture E[x | z_t, x_hat] = alpha z - sigma v. Shapes as `velocity`."""
+        """The expected picture E[x | z_t, x_hat] = alpha z - sigma v. z, x_hat, returns: pictures (B, 3, H, W); the rest as `velocity`."""
         alpha, sigma = alpha_sigma(log_snr[:, None, None, None])
-        return alpha * z - sigma * self.velocity(z, x_hat, log_snr, q, energy)
+        return alpha * z - sigma * from_planes(self.velocity(to_planes(z), to_planes(x_hat), log_snr, q, energy))
 
     def forward(self, x, x_hat, q):
         """The training objective: mean squared error on v, t uniform (paper, section on the loss). Returns a scalar.
 
-        x, x_hat: (B, 3, H, W) in [-1, 1]; q: (B,). In the preconditioned form the error is measured in units
-        of the closed form's std: 1 means that the network adds nothing to it."""
+        x, x_hat: (B, 3, H, W) in [-1, 1]; q: (B,). In the preconditioned form the error is measured in units of the closed form's
+        std, so that 1 means that the network adds nothing to it, and planes count in proportion to their s: an error
+        in one where little is missing is seen little."""
         B = len(x)
         # One uniform number, spread evenly over the batch: every step sees all times (Kingma et al. 2021).
         t = (torch.rand((), device=x.device) + torch.arange(B, device=x.device) / B) % 1        # (B,)
         log_snr = SCHEDULES[self.config.objective](t, self.config.eta)
         alpha, sigma = alpha_sigma(log_snr[:, None, None, None])                                # (B, 1, 1, 1)
-        eps = torch.randn_like(x)
-        z, v = alpha * x + sigma * eps, alpha * eps - sigma * x                                 # (B, 3, H, W)
         # HFD+: half of the pictures come with a map, in blocks of 16, 32 or 64, the others without.
         block = 16 << int(torch.randint(3, ()))
         energy = residual_energy(x, x_hat, self.residual_std[q], block)
         energy = torch.where(torch.rand(B, 1, 1, 1, device=x.device) < 0.5, energy, torch.full_like(energy, -1))
-        unit = 1.0
+        x, x_hat = to_planes(x), to_planes(x_hat)                                               # (B, 12, H/2, W/2)
+        eps = torch.randn_like(x)
+        z, v = alpha * x + sigma * eps, alpha * eps - sigma * x                                 # (B, 12, H/2, W/2)
+        weight = 1.0
         if self.config.preconditioned:
-            unit = self.split(z, x_hat, log_snr, q)[1]
+            s = self.residual_std[q][:, :, None, None]                                          # (B, 12, 1, 1)
+            weight = s / s.mean(dim=1, keepdim=True) / self.split(z, x_hat, log_snr, q)[1] ** 2
         elif self.config.objective == "flow":
-            unit = 1 / (alpha + sigma)                              # see flow_log_snr_at
-        return ((self.velocity(z, x_hat, log_snr, q, energy) - v) / unit).square().mean()
+            weight = (alpha + sigma) ** 2                           # see flow_log_snr_at
+        return (weight * (self.velocity(z, x_hat, log_snr, q, energy) - v).square()).mean()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -622,10 +651,13 @@ class Model:
 
 
 def fingerprint(*tensor_dicts):
-    """SHA-256 over the values of all tensors in the dictionaries, in order. bytes."""
+    """SHA-256 over the values of all tensors in the dictionaries, in order. bytes. ValueError for a tensor that claims more than it
+    stores: by a stride of zero, a few bytes in a forged file can stand for terabytes."""
     digest = hashlib.sha256()
     for tensors in tensor_dicts:
         for tensor in tensors.values():
+            if tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError("one of its tensors is not stored in full")
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.digest()
 
@@ -659,6 +691,20 @@ def read_checkpoint(path):
     return packed
 
 
+def rebuild(kind, config, weights):
+    """The network kind(config) with these weights, or ValueError if they are not what that configuration asks for. It
+    is built first on torch's device "meta", where tensors have shapes and no memory: a forged configuration may ask for any size."""
+    if sum(np.atleast_1d(config.blocks)) > len(weights):
+        raise ValueError("fewer weights than blocks")
+    with torch.device("meta"):
+        asked = kind(config).state_dict()
+    if {name: t.shape for name, t in asked.items()} != {name: t.shape for name, t in weights.items()}:
+        raise ValueError("its weights do not fit its configuration")
+    module = kind(config)
+    module.load_state_dict(weights)
+    return module
+
+
 def load_model(path, device):
     """Rebuild a Model from a checkpoint file, without flags: it carries its configuration. HFDError if it cannot be used."""
     packed = read_checkpoint(path)
@@ -667,11 +713,8 @@ def load_model(path, device):
         parts = packed["autoencoder"], packed["diffusion"]
         if packed["digest"] != fingerprint(packed["tables"], *(part["weights"] for part in parts)):
             raise ValueError("its digest does not match")
-        autoencoder = Autoencoder(AutoencoderConfig(**parts[0]["config"]))
-        autoencoder.load_state_dict(parts[0]["weights"])
-        diffusion = Diffusion(DiffusionConfig(**parts[1]["config"])) if parts[1]["weights"] else None
-        if diffusion:
-            diffusion.load_state_dict(parts[1]["weights"])
+        autoencoder = rebuild(Autoencoder, AutoencoderConfig(**parts[0]["config"]), parts[0]["weights"])
+        diffusion = parts[1]["weights"] and rebuild(Diffusion, DiffusionConfig(**parts[1]["config"]), parts[1]["weights"]) or None
         if tables.validate().low.shape != autoencoder.log_step.shape or diffusion and diffusion.config.levels != len(autoencoder.log_step):
             raise ValueError("its parts do not belong together")
         identity = fingerprint(autoencoder.state_dict(), packed["tables"])[:4]

@@ -242,8 +242,8 @@ MARGIN = 16     # pixels of context in which a crop's x_hat is made: borders sho
 def reconstruct(autoencoder, x, q):
     """x_hat for a batch of pictures (B, 3, H, W) at levels q (B,), as the decoder would see it (rounded latents)."""
     step = autoencoder.log_step[q].exp()[:, :, None, None]                                      # (B, M, 1, 1)
-    y_hat = (autoencoder.analysis(x, q) / step).round() * step                                  # (B, M, h, w)
-    return autoencoder.synthesis(y_hat, q).clamp(-1, 1)                                         # (B, 3, H, W)
+    k = (autoencoder.analysis(x, q) / step).round()                                             # (B, M, h, w)
+    return autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)                  # (B, 3, H, W)
 
 
 def train_diffusion(args):
@@ -267,7 +267,7 @@ def train_diffusion(args):
         with torch.no_grad():
             for level in range(levels):
                 x, x_hat = pairs(64, args.crop, torch.full((64,), level, device=device))
-                model.residual_std[level] = (x - x_hat).square().mean().sqrt()
+                model.residual_std[level] = hfd.to_planes(x - x_hat).square().mean(dim=(0, 2, 3)).sqrt()
 
     def batch_loss(model, size, batch):
         q = torch.randint(levels, (batch,)).to(device)

@@ -8,7 +8,8 @@ import scipy.linalg
 import torch
 from PIL import Image, features
 
-from figures import codecs, common, metrics, rate_distortion
+from figures import codecs, common, metrics, rate_distortion, speed
+import hfd
 from hfd import HFDError
 
 
@@ -255,3 +256,22 @@ def test_empty_folder_is_refused(tmp_path):
     """A folder without pictures is an error that names it, not a mean over nothing."""
     with pytest.raises(HFDError, match=str(tmp_path)):
         common.pictures(tmp_path)
+
+
+def test_speed_counts_every_convolution(tiny_model, tmp_path, capsys):
+    """A training step costs more than its convolutions alone, and less than the machine's best matrix product allows."""
+    speed.main(["--model", tiny_model, "--out", str(tmp_path), "--count", "4", "--batch", "1"])
+    stages = json.loads((tmp_path / "speed.json").read_text())["stages"]
+    assert list(stages) == ["autoencoder", "diffusion"]
+    for numbers in stages.values():
+        assert numbers["images_per_second"] == pytest.approx(1 / numbers["seconds_per_step"], rel=0.01)
+        assert 0 < numbers["share_of_matrix_product"] < 1 < numbers["step_over_convolutions"]
+    # Per step, forward and backward: three times a multiply and an add for each weight of each convolution, at each of its positions.
+    model, seen = hfd.Autoencoder(), 0
+    x, counts = torch.zeros(1, 3, 128, 128), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, i, o: counts.append(2 * m.weight.numel() * o.shape[2] * o.shape[3]))
+    model(x, torch.tensor([0]))
+    assert stages["autoencoder"]["operations_per_step"] == pytest.approx(3 * sum(counts), rel=0.05)
+    assert "of" in capsys.readouterr().out

@@ -117,10 +117,10 @@ def test_tiles_without_context_are_not_exact(autoencoder):
 
 
 def receptive_radius(denoiser):
-    """How far a 16-pixel cell of v can see, in pixels: where the gradient of its sum with respect to z is not zero."""
+    """How far a 16-pixel cell of the denoised picture can see, in pixels: where the gradient of its sum with respect to z is not zero."""
     z = torch.randn(1, 3, 400, 400, dtype=torch.float64, requires_grad=True)
-    v = denoiser.velocity(z, torch.zeros_like(z), torch.tensor([2.0], dtype=torch.float64), torch.tensor([0]))
-    v[..., 192:208, 192:208].abs().sum().backward()
+    x = denoiser.predict_x(z, torch.zeros_like(z), torch.tensor([2.0], dtype=torch.float64), torch.tensor([0]))
+    x[..., 192:208, 192:208].abs().sum().backward()
     return 192 - z.grad.abs().sum((0, 1)).nonzero().min().item()
 
 
@@ -189,12 +189,13 @@ def test_velocity_identities(denoiser):
 def test_closed_form_start():
     """Before training, the preconditioned denoiser is exactly the optimal one for x ~ N(x_hat, s^2): the posterior mean."""
     model = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 8))).double()
-    model.residual_std[:] = torch.linspace(0.04, 0.12, 6)
+    model.residual_std[:] = torch.linspace(0.02, 0.12, 6)[:, None] * torch.linspace(0.5, 1.5, 12)
     z, x_hat, q = torch.randn(2, 3, 16, 16).double(), torch.rand(2, 3, 16, 16).double(), torch.tensor([1, 4])
     log_snr = torch.tensor([-3.0, 5.0]).double()
     alpha, sigma = (a[:, None, None, None] for a in hfd.alpha_sigma(log_snr))
-    s = model.residual_std[q][:, None, None, None]
-    expected = x_hat + alpha * s ** 2 / (alpha ** 2 * s ** 2 + sigma ** 2) * (z - alpha * x_hat)
+    s = model.residual_std[q][:, :, None, None]                         # (2, 12, 1, 1): each plane has its own
+    correction = alpha * s ** 2 / (alpha ** 2 * s ** 2 + sigma ** 2) * hfd.to_planes(z - alpha * x_hat)
+    expected = x_hat + hfd.from_planes(correction)
     assert torch.allclose(model.predict_x(z, x_hat, log_snr, q), expected, atol=1e-6)
 
 
@@ -225,13 +226,24 @@ def test_energy_map():
     x, x_hat = torch.zeros(1, 3, 64, 96), torch.zeros(1, 3, 64, 96)
     x[..., :32, :32] = 0.1 * 2                                          # twice the usual deviation: four times the energy
     x[..., 32:, :32] = 0.1
-    energy = hfd.residual_energy(x, x_hat, torch.tensor([0.1]), 32)
+    energy = hfd.residual_energy(x, x_hat, torch.full((1, 12), 0.1), 32)
     assert energy[0, 0].tolist() == [[6, 0, 0], [4, 0, 0]]
-    model = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 8)))
-    with_map = model._inputs(x, x_hat, energy)
-    assert with_map.shape == (1, 8, 64, 96) and (with_map[:, 7] == 1).all() and with_map[0, 6, 0, 0] == 0.5
-    assert (model._inputs(x, x_hat, None)[:, 6:] == 0).all()
-    assert (model._inputs(x, x_hat, -torch.ones_like(energy))[:, 6:] == 0).all()
+    model, seen = hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 8))), []
+    model.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0][:, 24:]))     # the map's two planes
+    for given in (energy, None, -torch.ones_like(energy)):
+        model.predict_x(x, x_hat, torch.zeros(1), torch.tensor([0]), given)
+    assert seen[0].shape == (1, 2, 32, 48) and (seen[0][:, 1] == 1).all() and seen[0][0, 0, 0, 0] == 0.5
+    assert (seen[1] == 0).all() and (seen[2] == 0).all()
+
+
+def test_planes_are_a_rotation():
+    """The denoiser's planes are an orthonormal change of basis: it can be undone, keeps energies, and leaves white noise white."""
+    x = torch.rand(2, 3, 8, 12).double()
+    p = hfd.to_planes(x)
+    assert p.shape == (2, 12, 4, 6) and torch.allclose(hfd.from_planes(p), x)
+    assert p.square().sum() == pytest.approx(x.square().sum().item())
+    grey = hfd.to_planes(torch.ones(1, 3, 2, 2))
+    assert grey[0, 0].item() == pytest.approx(12 ** 0.5, rel=1e-6) and grey[0, 1:].abs().max() < 1e-6
 
 
 # The samplers -------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 import copy
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -364,7 +366,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, recwarn):
 def test_a_damaged_checkpoint_is_refused(tiny_model, tmp_path):
     """A flipped bit anywhere in the weights is noticed: silently, it would turn every picture a little wrong."""
     whole = Path(tiny_model).read_bytes()
-    needle = torch.load(tiny_model, weights_only=True)["autoencoder"]["weights"]["analysis.linear.weight"].numpy().tobytes()
+    needle = torch.load(tiny_model, weights_only=True)["autoencoder"]["weights"]["analysis.linear.2.weight"].numpy().tobytes()
     start, rng = whole.index(needle), np.random.default_rng(0)
     for position in rng.integers(start, start + len(needle), 20):
         damaged = bytearray(whole)
@@ -386,6 +388,21 @@ def test_incomplete_checkpoints_are_refused(tiny_model, tmp_path):
     for change in (lambda p: p.update(tables=foreign), lambda p: p["diffusion"]["config"].update(levels=1),
                    lambda p: p["autoencoder"]["config"].update(widths=()), lambda p: p["tables"]["cdf"].sub_(1)):
         assert "misfit.pt" in refusal(load, altered(tiny_model, tmp_path / "misfit.pt", change))
+
+
+def test_checkpoints_that_ask_for_the_moon_are_refused(tiny_model, tmp_path):
+    """A few kilobytes may claim layers of terabytes, in the configuration or by tensors that repeat one number: refused, not built."""
+    forged = [lambda p: p["autoencoder"]["config"].update(widths=(10 ** 6, 10 ** 6, 10 ** 6, 10 ** 6)),
+              lambda p: p["autoencoder"]["config"].update(blocks=(0, 0, 0, 10 ** 12)),
+              lambda p: p["diffusion"]["config"].update(blocks=10 ** 12), lambda p: p["diffusion"]["config"].update(levels=10 ** 12)]
+    paths = [altered(tiny_model, tmp_path / f"moon{i}.pt", change) for i, change in enumerate(forged)]
+    packed = torch.load(tiny_model, weights_only=True)
+    packed["diffusion"]["weights"]["net.level.weight"] = torch.zeros(1).expand(3, 10 ** 12)
+    torch.save(packed, tmp_path / "expanded.pt")
+    for path in [*paths, tmp_path / "expanded.pt"]:
+        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert str(path) in refusal(load, path)
+        assert time.perf_counter() - begin < 2 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
 # ------------------------------------------------------------------------------------------------------
