@@ -15,6 +15,7 @@ image, eps noise, v velocity, alpha_t and sigma_t the scales of signal and noise
 Pictures are float tensors (B, 3, H, W), RGB, in [-1, 1].
 """
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -235,30 +236,66 @@ class Autoencoder(nn.Module):
 
         Returns a dict of (B,) tensors: `loss`, `bpp` (estimated bits per pixel), `mse` (per channel, on the scale 0..255).
         """
-        y = self.analysis(x, q)                                                                 # (B, M, h, w)
-        step = self.log_step[q].exp()[:, :, None, None]                                         # (B, M, 1, 1)
+        u = self.analysis(x, q) / self.log_step[q].exp()[:, :, None, None]                      # (B, M, h, w)
         # Rounding has no gradient. For the rate, uniform noise as wide as a step stands in for it (Balle et al. 2017):
-        # the noisy latent's density at y is the bin probability that the coder will see, smoothed.
-        noisy = y + step * (torch.rand_like(y) - 0.5)
-        bpp = self.prior.bits(noisy, step).sum(dim=(1, 2, 3)) / (x.shape[-2] * x.shape[-1])     # (B,)
-        # The decoder must see what it will see in earnest, truly rounded values; the gradient passes straight through
-        # to y / step. So step is pushed by both: the rate wants it wide, the error wants it narrow.
-        u = y / step
-        k = u + (u.round() - u).detach()                                                        # (B, M, h, w)
-        x_hat = self.synthesis(self.dequantize(k, q), q)                                        # (B, 3, H, W)
-        mse = (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2                             # (B,)
+        # the noisy latent's density is the bin probability that the coder will see, smoothed. But the decoder must see what
+        # it will see in earnest, truly rounded values; there the gradient passes straight through to u. So the step
+        # is pushed by both: the rate wants it wide, the error wants it narrow.
+        bpp, mse = self.cost(u + torch.rand_like(u) - 0.5, u + (u.round() - u).detach(), x, q)  # (B,) each
         lambdas = torch.tensor(self.config.lambdas, device=x.device)
         # Levels cost from 0.1 to 1 bit per pixel. Dividing by sqrt(lambda) lets a per cent weigh about the same at each.
         weight = (lambdas.mean() / lambdas[q]).sqrt()
         return {"loss": weight * (bpp + lambdas[q] * mse), "bpp": bpp, "mse": mse}
 
+    def cost(self, for_rate, for_decoder, x, q):
+        """(bpp, mse), (B,) each, of pictures x at levels q. Two stand-ins for the integer latent, (B, M, h, w), in units of steps."""
+        step = self.log_step[q].exp()[:, :, None, None]                                         # (B, M, 1, 1)
+        bpp = self.prior.bits(for_rate * step, step).sum(dim=(1, 2, 3)) / (x.shape[-2] * x.shape[-1])
+        x_hat = self.synthesis(self.dequantize(for_decoder, q), q)                              # (B, 3, H, W)
+        return bpp, (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2
+
+    def refine(self, x, q, steps, on_step=lambda step: None):
+        """Better latents for these very pictures, in units of steps, (B, M, h, w). The decoder need not know.
+
+        The encoder is a compromise over all that it was trained on; descending the gradient of a picture's own rate + lambda * MSE finds
+        bits that it left lying (Campos et al. 2019). The difficulty is rounding. Stochastic Gumbel annealing (Yang, Bamler & Mandt 2020) draws
+        each value to the integer below or the one above, softly at first and harder and harder, near ones more often: what is
+        learned early survives the rounding at the end. The draws are seeded, so the same picture gives the same bytes."""
+        u = (self.analysis(x, q) / self.log_step[q].exp()[:, :, None, None]).requires_grad_()   # (B, M, h, w)
+        optimizer = torch.optim.Adam([u], lr=0.01)
+        lambdas = torch.tensor(self.config.lambdas, device=x.device)
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            for i in range(steps):
+                temperature = 0.5 * math.exp(-3 * i / steps)
+                above = (u - u.floor()).clamp(1e-4, 1 - 1e-4)
+                logits = torch.stack([-torch.atanh(above), -torch.atanh(1 - above)]) / temperature      # (2, B, M, h, w)
+                soft = u.floor() + F.gumbel_softmax(logits, temperature, dim=0)[1]
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bf16(x.device)):
+                    bpp, mse = self.cost(soft, soft, x, q)
+                optimizer.zero_grad()
+                (bpp + lambdas[q] * mse).sum().backward()
+                optimizer.step()
+                on_step(i + 1)
+        return u.detach()
+
     @torch.no_grad()
-    def encode(self, x, q, tile=1024):
-        """Picture (1, 3, H, W) in [-1, 1], sides multiples of 16, to its integer latent k (1, M, H/16, W/16), int32."""
-        y = x.new_empty(1, self.config.latents, x.shape[-2] // CELL, x.shape[-1] // CELL)
+    def encode(self, x, q, tile=1024, refine=0, on_step=lambda step: None):
+        """Picture (1, 3, H, W) in [-1, 1], sides multiples of 16, to its integer latent k (1, M, H/16, W/16), int32.
+
+        refine: steps of `refine`, 0 for none. It goes tile by tile, whose searches need not agree in the context that they share; this
+        may cost a few bits, but nothing goes wrong, for the decoder sees one latent. on_step is told how many of these steps are done."""
+        u = x.new_empty(1, self.config.latents, x.shape[-2] // CELL, x.shape[-1] // CELL)
         level = torch.tensor([q], device=x.device)
-        apply_tiled(lambda window: self.analysis(window, level), [x], y, tile)
-        return (y / self.log_step[q].exp()[:, None, None]).round().int()
+        step = self.log_step[q].exp()[:, None, None]                                            # (M, 1, 1)
+        if refine:
+            side, done = 512, itertools.count(1)
+            tiles = math.prod(-(-s // side) for s in x.shape[-2:])
+            show = lambda step: on_step(next(done) / tiles)
+            apply_tiled(lambda window: self.refine(window, level, refine, show), [x], u, side, 64)
+        else:
+            apply_tiled(lambda window: self.analysis(window, level) / step, [x], u, tile)
+        return u.round().int()
 
     @torch.no_grad()
     def decode(self, k, q, tile=1024):
@@ -450,7 +487,7 @@ class Diffusion(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.net = UNet(12 + 12 + 2, 12, config.widths, config.blocks, config.levels)
+        self.net = UNet(12 + 12 + 2, 24 if config.preconditioned else 12, config.widths, config.blocks, config.levels)
         self.register_buffer("residual_std", torch.full((config.levels, 12), 0.1))              # (Q, 12) rms of x - x_hat
 
     def split(self, z, x_hat, log_snr, q):
@@ -477,7 +514,11 @@ class Diffusion(nn.Module):
         if not self.config.preconditioned:
             return self.net(torch.cat([z, x_hat, hints], dim=1), log_snr, q)
         mean, std, whitened = self.split(z, x_hat, log_snr, q)
-        return mean + std * self.net(torch.cat([whitened, x_hat, hints], dim=1), log_snr, q)    # (B, 12, h, w)
+        # In truth s is not the same everywhere: large in grass, next to nothing in the sky. Were it known for each pixel, E[v | z]
+        # would still be linear in d, only with another slope. So the network gives two numbers for each: a gain that corrects the
+        # slope, which in the sky takes all noise out again, and a shift for what a slope cannot say.
+        gain, shift = self.net(torch.cat([whitened, x_hat, hints], dim=1), log_snr, q).chunk(2, dim=1)
+        return mean + std * (gain * whitened + shift)                                           # (B, 12, h, w)
 
     def predict_x(self, z, x_hat, log_snr, q, energy=None):
         """The expected picture E[x | z_t, x_hat] = alpha z - sigma v. z, x_hat, returns: pictures (B, 3, H, W); the rest as `velocity`."""
@@ -658,7 +699,7 @@ def fingerprint(*tensor_dicts):
         for tensor in tensors.values():
             if tensor.nbytes > tensor.untyped_storage().nbytes():
                 raise ValueError("one of its tensors is not stored in full")
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.digest()
 
 

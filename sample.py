@@ -126,9 +126,9 @@ def psnr(a, b):
 # ------------------------------------------------------------------------------------------------------
 
 
-def compress(image, model, quality, seed=0, block=0):
+def compress(image, model, quality, seed=0, block=0, refine=0, on_step=lambda step: None):
     """PIL RGB image to (bytes of an .hfd file, report). quality: 1 .. Q, more is better and larger. block: 0, or 16 .. 128,
-    a power of two, to add the HFD+ map in blocks of that side.
+    a power of two, to add the HFD+ map in blocks of that side. refine, on_step: as in hfd.Autoencoder.encode.
 
     The report holds `estimated` (cross-entropy), `payload` and `file` in bits per pixel, and seconds per part."""
     levels = len(model.autoencoder.config.lambdas)
@@ -137,7 +137,7 @@ def compress(image, model, quality, seed=0, block=0):
     device = hfd.device_of(model)
     clock = [hfd.clock(device)]
     x = to_tensor(image, device)
-    k = model.autoencoder.encode(x, quality - 1)
+    k = model.autoencoder.encode(x, quality - 1, refine=refine, on_step=on_step)
     energy = b""
     if block:
         need_diffusion(model)
@@ -234,13 +234,13 @@ def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, 
 # ------------------------------------------------------------------------------------------------------
 
 
-def progress(steps):
-    """A callback that shows how far sampling is and how long it will take, on a terminal's one line."""
+def progress(what, steps):
+    """A callback that shows how far `what` is and how long it will take, on a terminal's one line."""
     begin = time.time()
 
     def show(step):
         left = (time.time() - begin) / step * (steps - step)
-        sys.stderr.write(f"\rsampling step {step:g}/{steps}, {left:.0f} s left " + ("\n" if step == steps else ""))
+        sys.stderr.write(f"\r{what} step {step:.0f}/{steps}, {left:.0f} s left " + ("\n" if step == steps else ""))
         sys.stderr.flush()
     return show
 
@@ -260,11 +260,14 @@ def read_file(path):
 def run_compress(args):
     """compress: picture to .hfd file."""
     check_target(args.output, args.force)
+    if args.refine < 0:
+        raise HFDError("--refine takes a number of steps, 0 for none")
     image, remarks = open_picture(args.input)
     for remark in remarks:
         print(f"note: {remark}")
     model = hfd.load_model(args.model, hfd.pick_device(args.device))
-    data, report = compress(image, model, args.quality, args.seed, 32 if args.plus else 0)
+    data, report = compress(image, model, args.quality, args.seed, 32 if args.plus else 0, args.refine,
+                            progress("refining", args.refine))
     hfd.write_atomically(args.output, lambda f: f.write(data))
     print(f"{args.output}: {len(data)} bytes for {image.width}x{image.height} pixels. bpp: {report['estimated']:.4f} estimated, "
           f"{report['payload']:.4f} payload, {report['file']:.4f} file")
@@ -280,7 +283,7 @@ def run_decompress(args):
     parse(data, args.input)                     # refuse a broken file before loading a model for it
     model = hfd.load_model(args.model, hfd.pick_device(args.device))
     image, report = decompress(data, model, args.input, args.steps, args.sampler, args.rho, args.seed, args.eta, args.patch,
-                               args.context, progress(args.steps), args.grouped)
+                               args.context, progress("sampling", args.steps), args.grouped)
     save_picture(image, args.output)
     print(f"{args.output}: {image.width}x{image.height} pixels. seconds: " +
           ", ".join(f"{name} {s:.2f}" for name, s in report["seconds"].items()))
@@ -293,10 +296,10 @@ def run_info(args):
     if args.model:
         model = hfd.load_model(args.model, torch.device("cpu"))
         print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
-        for part in ("autoencoder", "diffusion"):
-            module = getattr(model, part)
-            print(f"{part}: " + ("none yet" if module is None else
-                                 f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} million parameters, {module.config}"))
+        for part in ("autoencoder", "diffusion", "measured"):
+            module = getattr(model, part, None)
+            print(f"{part}: " + (f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} million parameters, {module.config}" if module else
+                                 "" if part in model.recipe else "nothing yet"))
             for name, value in model.recipe.get(part, {}).items():
                 print(f"  {name:10} {value}")
         return
@@ -344,7 +347,7 @@ def run_demo(args):
     data, report = compress(image, model, args.quality)
     hfd.write_atomically(paths[0], lambda f: f.write(data))
     blurry, _ = decompress(data, model, rho=0)
-    picture, decoding = decompress(data, model, on_step=progress(STEPS))
+    picture, decoding = decompress(data, model, on_step=progress("sampling", STEPS))
     save_picture(picture, paths[1])
     jpeg, quality = jpeg_at(image, len(data))
     opened = Image.open(io.BytesIO(jpeg)).convert("RGB")
@@ -377,6 +380,7 @@ def command_line():
     for p in (demo, c):
         p.add_argument("--quality", type=int, default=2, metavar="Q", help="1 (smallest file) to 6 (best picture)")
     c.add_argument("--plus", action="store_true", help="HFD+: add a map of the missing detail's energy, about 0.002 bpp")
+    c.add_argument("--refine", type=int, default=0, metavar="N", help="search a better latent for this picture in N steps: a smaller file, slowly; 100 is a good number")
     c.add_argument("--seed", type=seed_number, default=0, help="seed of the sampler's noise, stored in the file")
     d = commands.add_parser("decompress", help=".hfd file to picture", **show)
     d.add_argument("input", help=".hfd file")

@@ -11,6 +11,7 @@ With several GPUs: torchrun --nproc_per_node N train.py ...
 import argparse
 import copy
 import fcntl
+import json
 import math
 import os
 import platform
@@ -286,8 +287,14 @@ def train_diffusion(args):
 
 
 def export(args):
-    """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe."""
+    """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe, and what was measured."""
     model = hfd.load_model(args.checkpoint, torch.device("cpu"))
+    if args.results:
+        results = json.loads(Path(args.results).read_text())
+        model.recipe["measured"] = {"command": results["command"], "hardware": results["about"]["hardware"]} | {
+            level: "; ".join(f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
+                             for name, n in point["variants"].items())
+            for level, point in results["points"].items() if level.startswith("level")}
     packed = hfd.pack(model.autoencoder, model.tables, model.diffusion, model.recipe, half=True)
     hfd.write_atomically(args.out, lambda f: torch.save(packed, f))
     print(f"wrote {args.out}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
@@ -323,6 +330,7 @@ def command_line():
     ex = commands.add_parser("export", help="make a training checkpoint small enough to share", **show)
     ex.add_argument("checkpoint", help="what training wrote")
     ex.add_argument("out", help="file to write")
+    ex.add_argument("--results", metavar="FILE", help="rate_distortion.json, whose numbers the checkpoint is to carry")
     return parser, {"autoencoder": ae, "diffusion": diffusion}
 
 
@@ -355,6 +363,8 @@ def main(argv=None):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise HFDError(f"{args.out}: another run is writing it. Wait for that, or choose another --out") from None
+        for left in Path(args.out).parent.glob(Path(args.out).name + ".*.tmp"):
+            left.unlink()                                   # by a run that was killed while it saved
     {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage](args)
 
 

@@ -105,13 +105,13 @@ class Run:
             "flags": {flag: value for flag, value in vars(self.args).items() if flag not in files},
             "hardware": hfd.hardware(self.device), "torch": str(torch.__version__), "pillow": PIL.__version__,
             "pictures": {"names": list(self.names), "sha256": digest(b"".join(image.tobytes() for image in self.images))},
-            "model": {"file": Path(self.args.model).name, "sha256": digest(Path(self.args.model).read_bytes()),
-                      "autoencoder": self.model.identity.hex()},
+            "model": {"file": Path(self.args.model).name, "autoencoder": self.model.identity.hex(), "weights": hfd.fingerprint(
+                *(module.state_dict() for module in (self.model.autoencoder, self.model.diffusion) if module)).hex()[:16]},
             "features": self.feature_name}
         self.command = " ".join([parser.prog] + [Path(a).name if os.sep in a else a for a in argv])
         os.makedirs(self.args.out, exist_ok=True)
         self.path, self.partial = (Path(self.args.out, name + end) for end in (".json", ".partial.json"))
-        self.points = {}
+        self.points, self._coded = {}, {}
         for path in (self.path, self.partial):
             if path.exists() and not self.args.fresh:
                 stored = json.loads(path.read_text())
@@ -156,6 +156,32 @@ class Run:
             return {"variants": {variant: self._score(*zip(*row)) for variant, row in rows.items()}}
         return self.point(key, compute)["variants"]
 
+    def coded(self, level, i):
+        """(bytes, x_hat): the file of picture number i at quality `level`, 1 .. Q, and what its autoencoder decodes, (1, 3, H', W')."""
+        if (level, i) not in self._coded:
+            data, _ = sample.compress(self.images[i], self.model, level, self.args.seed + i)
+            k, _ = sample.decode_latent(sample.parse(data, self.names[i]), self.model, self.names[i])
+            self._coded[level, i] = data, self.model.autoencoder.decode(k, level - 1)
+        return self._coded[level, i]
+
+    def sampled(self, key, level, diffusion=None, **settings):
+        """The score of HFD at quality `level`, kept as the point `key`. settings: those of hfd.sample_picture that differ from the
+        defaults of sample.decompress. diffusion: another one than the model's."""
+        settings = {"steps": sample.STEPS, "sampler": sample.SAMPLER, "eta": sample.ETA, "patch": sample.PATCH, "context": sample.CONTEXT} | settings
+
+        def code(i, image):
+            data, x_hat = self.coded(level, i)
+            x, seconds = timed(lambda: hfd.sample_picture(diffusion or self.model.diffusion, x_hat, level - 1, seed=self.args.seed + i, **settings))
+            return data, {"HFD": (sample.to_image(x, *image.size), {"diffusion": seconds})}
+        return self.measure(key, code)["HFD"]
+
+    def blurry(self, level):
+        """The score of the autoencoder alone at quality `level`, kept as a point."""
+        def code(i, image):
+            data, x_hat = self.coded(level, i)
+            return data, {"autoencoder": (sample.to_image(x_hat, *image.size), {"decoder": 0.0})}
+        return self.measure(f"autoencoder, level {level}", code)["autoencoder"]
+
     def _score(self, bpp, psnr, rgb, seconds, features):
         return {"bpp": float(np.mean(bpp)), "psnr": float(np.mean(psnr)),
                 "seconds": {part: round(float(np.mean([s[part] for s in seconds])), 5) for part in seconds[0]},
@@ -182,7 +208,9 @@ class Run:
 # The palette of Okabe & Ito (2008), which colour-blind readers can tell apart; and a marker each, for print without colour.
 LOOK = {"HFD": ("#D55E00", "o"), "autoencoder": ("#0072B2", "s"), "AVIF": ("#009E73", "^"), "WebP": ("#CC79A7", "D"),
         "JPEG 2000": ("#E69F00", "v"), "JPEG": ("#000000", "x")}
+CYCLE = list(LOOK.values())
 GREY = "#777777"            # for what others have published
+TITLES = {"psnr": "Distortion: up is nearer to the original", "fd": "Realism: down is more like photographs", "seconds": "Cost: time per picture"}
 STYLE = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5,
          "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 4.5}
@@ -206,3 +234,12 @@ def label_ends(panel, ends):
         height = min(max(own, height + gap), 1 - gap * (len(ends) - 1 - i))     # leaving room for those that follow
         panel.annotate(text, (x, y), (1.03, height), textcoords="axes fraction", color=colour, va="center", fontsize=8,
                        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkB": 3, "relpos": (0, 0.5)})
+
+
+def dress(panel, run, number, xlabel, ticks, ends, xscale="log"):
+    """Title, axes and line names of a panel that shows `number` ("psnr", "fd" or "seconds") over something with these ticks."""
+    label = {"psnr": "PSNR (dB)", "fd": f"{run.feature_name} (Fréchet distance)", "seconds": "seconds"}[number]
+    panel.set(title=TITLES[number], ylabel=label, xlabel=xlabel, xscale=xscale, yscale="log" if number == "seconds" else "linear")
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.minorticks_off()
+    label_ends(panel, ends)

@@ -127,9 +127,9 @@ def draw(curves, kodak, feature_name):
         panel.set_xlim(0.036 if published else min(all_bpp) / 1.15, max(all_bpp) * 1.1)
         panel.set_xlabel("bits per pixel, complete file")
         if number == "psnr":
-            panel.set(title="Distortion: up is nearer to the original", ylabel="PSNR (dB)")
+            panel.set(title=common.TITLES[number], ylabel="PSNR (dB)")
         else:
-            panel.set(title="Realism: down is more like photographs", ylabel=f"{feature_name} (Fréchet distance)", yscale="log")
+            panel.set(title=common.TITLES[number], ylabel=f"{feature_name} (Fréchet distance)", yscale="log")
         common.label_ends(panel, ends)
     return figure
 

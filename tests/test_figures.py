@@ -1,4 +1,5 @@
 """The evaluation: metrics against closed forms and independent references, codecs, and a script from flags to files."""
+import importlib
 import json
 import sys
 
@@ -8,7 +9,7 @@ import scipy.linalg
 import torch
 from PIL import Image, features
 
-from figures import codecs, common, metrics, rate_distortion, speed
+from figures import codecs, common, metrics, patches, rate_distortion, spectrum, speed, true_rate
 import hfd
 from hfd import HFDError
 
@@ -213,6 +214,83 @@ def test_rate_distortion_from_flags_to_files(realism, folder, tiny_model, monkey
     assert set(results["summary"]["colour_shift_255"]) == set(results["summary"]["psnr_drop_db"]) == {"1", "3"}
     assert results["published_for_kodak"] is None       # these are not the Kodak pictures
     assert sorted(p.name for p in (folder / "out").iterdir()) == ["rate_distortion.json", "rate_distortion.png"]
+
+
+@pytest.fixture(scope="module")
+def quick_results(tiny_model, tmp_path_factory):
+    """The JSON of every other script, by name, each run with --quick on the pictures at hand."""
+    out = tmp_path_factory.mktemp("quick")
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "efficientnet", lambda device: ("stand-in", texture))
+        for name, flags in (("eta", "--levels 1 3 --steps 2"), ("steps", "--levels 1 3 --most 16"), ("realism", "--levels 1"), ("spectrum", ""),
+                            ("patches", "--megapixels 0.1"), ("hfd_plus", "--levels 1 2"), ("other_domains", "")):
+            script = importlib.import_module(f"figures.{name}")
+            script.main(["--quick", "--model", tiny_model, "--out", str(out), *flags.split()])
+            assert Image.open(out / f"{name}.png").width > 500
+            results[name] = json.loads((out / f"{name}.json").read_text())
+    return results
+
+
+def test_eta_is_swept_by_net_and_level(quick_results):
+    """The ablation of eta has a point for every eta and level, and says which was best beside the residual's size."""
+    rows = quick_results["eta"]["summary"]
+    assert [row["level"] for row in rows] == [1, 3] and all(row["best_eta"]["fd"] in (0.025, 0.4, 0.9) for row in rows)
+    assert sum(key.startswith("level 1, trained at 0.1") for key in quick_results["eta"]["points"]) == 3
+
+
+def test_one_step_is_the_same_for_every_sampler(quick_results):
+    """With a single step all samplers return the denoiser's first answer, so their scores agree; with more they do not."""
+    points = quick_results["steps"]["points"]
+    first = {points[f"level 1, {name}, 1 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
+    later = {points[f"level 1, {name}, 16 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
+    assert len(first) == 1 and len(later) == 3
+
+
+def test_the_knob_ends_at_the_autoencoder(quick_results):
+    """rho = 0 costs nothing, and averaging samples goes back towards x_hat."""
+    ratio = quick_results["realism"]["squared_error_over_autoencoder"]["1"]
+    assert ratio["rho 0"] == 1 and ratio["mean of 1"] == ratio["rho 1"] > ratio["mean of 2"]
+
+
+def test_radial_power_of_known_pictures():
+    """White noise has the same power at every frequency; a cosine has all of its power at its own."""
+    noise = Image.fromarray(np.random.default_rng(0).normal(128, 20, (256, 256)).clip(0, 255).astype(np.uint8))
+    power = spectrum.radial_power(noise)
+    assert power.shape == (spectrum.BINS,) and power[32:].mean() == pytest.approx(power[8:32].mean(), rel=0.1)
+    wave = 128 + 100 * np.cos(2 * np.pi * 0.25 * np.arange(256))
+    power = spectrum.radial_power(Image.fromarray(np.tile(wave, (256, 1)).astype(np.uint8)))
+    assert abs(power.argmax() - spectrum.BINS / 2) <= 1
+
+
+def test_seams_are_seen(quick_results):
+    """Patches without context differ from the whole picture; the measured size of a seam is 1 where there is none."""
+    points = quick_results["patches"]["points"]
+    assert points["together, context 0"]["worst"] > 10 * points["together, context 32"]["worst"]
+    ramp = torch.arange(256.0).expand(1, 3, 256, 256)
+    assert patches.jump(ramp + ramp.transpose(2, 3)) == pytest.approx(1, abs=1e-4)
+    stairs = (torch.arange(256) // patches.PATCH).float().expand(1, 3, 256, 256)
+    assert patches.jump(stairs + stairs.transpose(2, 3)) == pytest.approx(255)
+    assert points["0.1 megapixels"]["peak_memory_gib"] > 0.1
+
+
+def test_map_is_compared_at_equal_bits(quick_results):
+    """Without a map, the comparison at equal bits is with itself."""
+    rows = quick_results["hfd_plus"]["summary"]
+    assert all(row["extra_bpp"] > 0 for row in rows if row["block"])
+    assert all(row["psnr"] == pytest.approx(row["psnr_without_at_equal_bpp"], abs=2e-3) for row in rows if not row["block"])
+
+
+def test_domains_are_compared_with_webp(quick_results):
+    """Every domain gets a rate relative to WebP, or says that the two have no PSNR in common."""
+    summary = quick_results["other_domains"]["summary"]
+    assert {"MRI slice", "text", "noise"} < set(summary) and summary["sea floor"]["bd_rate_percent"] > 0
+
+
+def test_break_even_is_where_the_bits_are_equal():
+    """A model of 1000 bits that saves 0.5 bit per pixel pays on pictures of 100 pixels from the 20th on; one that saves nothing never does."""
+    ours, theirs = [{"psnr": 30, "bpp": 0.5}, {"psnr": 32, "bpp": 3}, {"psnr": 50, "bpp": 4}], [{"psnr": 30, "bpp": 1}, {"psnr": 34, "bpp": 2}]
+    assert true_rate.break_even(ours, theirs, "psnr", 1000, 100) == [20, None, None]
 
 
 def test_stopped_run_continues(folder, tiny_model, monkeypatch):

@@ -81,6 +81,23 @@ def test_steps_feel_rate_and_distortion():
     assert model.log_step.grad[1:].abs().sum() == 0                     # other levels are not concerned
 
 
+def test_refined_latents_cost_less():
+    """Descending the gradient of a picture's own rate + lambda * MSE finds a latent that costs less, the same one each time."""
+    model = hfd.Autoencoder(hfd.AutoencoderConfig(latents=24, widths=(8, 8, 8, 8))).requires_grad_(False)
+    x = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 12), size=(96, 96), mode="bilinear") * 2 - 1
+    q, done = 3, []
+    model.prior.fit_scale(model.analysis(x, torch.tensor([q])))
+
+    def cost(k):
+        bpp, mse = model.cost(k.float(), k.float(), x, torch.tensor([q]))
+        return (bpp + model.config.lambdas[q] * mse).item()
+
+    plain, refined = model.encode(x, q), model.encode(x, q, refine=40, on_step=done.append)
+    assert cost(refined) < cost(plain) and done == list(range(1, 41))
+    state = torch.get_rng_state()
+    assert torch.equal(refined, model.encode(x, q, refine=40)) and torch.equal(state, torch.get_rng_state())
+
+
 def test_estimated_bits_are_the_table_bits(autoencoder):
     """The prior's estimate at rounded latents and the frozen tables' cross-entropy agree: nothing is lost in freezing."""
     import entropy

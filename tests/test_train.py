@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import hfd
 import train
@@ -189,18 +192,41 @@ def test_interrupt_saves_and_two_runs_do_not_mix(folder, tmp_path):
     assert f"stopped at step {step}" in output and step >= 5
 
 
-def test_kill_leaves_a_checkpoint_that_loads(folder, tmp_path):
-    """SIGKILL at any moment, also while a checkpoint is being written, leaves a complete one."""
-    out = str(tmp_path / "ae.pt")
-    args = ["autoencoder", "--images", folder, "--steps", "100000", "--out", out, "--save-every", "1", *TINY]
-    for wait in (0.0, 0.13):
-        process = start(args + (["--resume"] if os.path.exists(out) else []), tmp_path)
-        wait_for(process, "/100000")
-        time.sleep(wait)
+def kill_often(folder, tmp_path, kills, seed=0):
+    """Kill a training run `kills` times, every other time while a checkpoint is being written, each time resuming where it stood.
+    Returns the steps saved after each kill. AssertionError if one leaves no checkpoint that loads, or loses more than an interval."""
+    out, every, rng, saved = str(tmp_path / "ae.pt"), 3, np.random.default_rng(seed), []
+    args = ["autoencoder", "--images", folder, "--steps", "100000", "--out", out, *TINY, "--log-every", "1", "--save-every", str(every)]
+    for kill in range(kills):
+        process = start(args + (["--resume"] if saved else []), tmp_path)
+        for _ in range(rng.integers(1, 12)):
+            wait_for(process, "/100000")
+        if kill % 2:
+            time.sleep(rng.random() / 10)
+        else:
+            while not list(tmp_path.glob("ae.pt.*.tmp")):
+                time.sleep(0.0005)
         process.kill()
-        process.wait()
-        assert hfd.read_checkpoint(out)["training"]["step"] >= 4
+        printed = [line for line in process.communicate()[0].splitlines() if "/100000" in line]
+        saved.append(hfd.read_checkpoint(out)["training"]["step"] if os.path.exists(out) else 0)
+        if not saved[-1]:           # killed before the first checkpoint was complete: nothing to lose yet
+            saved.pop()
+            continue
         hfd.load_model(out, torch.device("cpu"))
+        assert saved[-1] >= max([0] + saved[:-1])
+        if printed:
+            assert saved[-1] > int(printed[-1].split()[1].split("/")[0]) - 2 * every     # one interval, and the one being written
+    return saved
+
+
+def test_kill_leaves_a_checkpoint_that_loads(folder, tmp_path):
+    """SIGKILL at any moment, also while a checkpoint is being written, loses at most an interval, and leaves no litter for good."""
+    saved = kill_often(folder, tmp_path, 4)
+    assert len(saved) >= 2 and saved[-1] > saved[0]
+    wait_for(process := start(["autoencoder", "--images", folder, "--steps", str(saved[-1] + 4), "--out", str(tmp_path / "ae.pt"), "--resume",
+                               *TINY], tmp_path), "finished")
+    process.wait()
+    assert sorted(p.name for p in tmp_path.glob("ae.pt*")) == ["ae.pt", "ae.pt.lock"]
 
 
 def test_two_processes_train_together(folder, tmp_path):
@@ -219,3 +245,11 @@ def test_cuda_trains(small_networks, folder, tmp_path):
     out = str(tmp_path / "ae.pt")
     train.main(["autoencoder", "--images", folder, "--steps", "5", "--out", out, *TINY, "--device", "cuda"])
     assert hfd.load_model(out, torch.device("cpu")).identity
+
+
+if __name__ == "__main__":          # python tests/test_train.py KILLS: as test_kill_leaves_a_checkpoint_that_loads, for longer
+    with tempfile.TemporaryDirectory() as desk:
+        Path(desk, "photos").mkdir()
+        Image.fromarray(train.dead_leaves(100, np.random.default_rng(0))).save(Path(desk, "photos", "a.png"))
+        steps = kill_often(str(Path(desk, "photos")), Path(desk), int(sys.argv[1]))
+        print(f"killed {sys.argv[1]} times, {len(steps)} times after a first checkpoint; reached step {steps[-1]}; every checkpoint loaded")

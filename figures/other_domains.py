@@ -1,0 +1,76 @@
+"""The shipped model on what it was not trained for: a medical slice, elevation maps, text, dead leaves, noise.
+
+    python -m figures.other_domains --out figures
+
+Rate at equal PSNR relative to WebP (Bjontegaard), and pictures at one level. A learned codec knows photographs: where nothing is like them, what it
+has learned is wrong, and where the sampler does not know what it sees, it paints photographs' texture. Never use it on data that somebody will read off.
+"""
+import io
+
+import numpy as np
+from matplotlib.cbook import get_sample_data
+from PIL import Image, ImageDraw, ImageFont
+
+import hfd
+import sample
+import train
+from figures import codecs, common, metrics
+
+
+def domains():
+    """{name: PIL RGB image}, from what ships with matplotlib and what can be drawn."""
+    grey = lambda a: Image.fromarray(np.round(255 * (a - a.min()) / (a.max() - a.min())).astype(np.uint8)).convert("RGB")
+    with get_sample_data("s1045.ima.gz") as f:                      # 256 x 256, 16 bits
+        mri = grey(np.frombuffer(f.read(), np.uint16).reshape(256, 256).astype(float))
+    terrain = [grey(np.asarray(get_sample_data(name)[key], float)) for name, key in (("jacksboro_fault_dem.npz", "elevation"), ("topobathy.npz", "topo"))]
+    text, font, rng = Image.new("RGB", (512, 512), "white"), ImageFont.load_default(13), np.random.default_rng(0)
+    words = __doc__.split()
+    for line in range(32):
+        ImageDraw.Draw(text).text((8, 16 * line), " ".join(rng.choice(words, 14)), "black", font)
+    return {"portrait": common.pictures()[0][1], "MRI slice": mri, "elevation": terrain[0], "sea floor": terrain[1], "text": text,
+            "dead leaves": Image.fromarray(train.dead_leaves(384, rng)), "noise": Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8))}
+
+
+def main(argv=None):
+    """Rate-distortion curves of the autoencoder and WebP on each domain; a sheet of details."""
+    run = common.Run("other_domains", __doc__, argv, lambda parser: parser.add_argument("--level", type=int, default=2, help="level of the pictures"))
+    levels = range(1, len(run.model.autoencoder.config.lambdas) + 1)
+    rows, summary = [], {}
+    for name, image in domains().items():
+        def compute():
+            """Both curves on this one picture."""
+            pixels, curves = image.width * image.height, {"autoencoder": [], "HFD": [], "WebP": []}
+            for level in levels:
+                data, _ = sample.compress(image, run.model, level)
+                for which, rho in (("autoencoder", 0), ("HFD", 1)):
+                    curves[which].append((8 * len(data) / pixels, sample.psnr(image, sample.decompress(data, run.model, rho=rho)[0])))
+            for quality in range(0, 100, 5):
+                data = codecs.webp(image, quality)
+                curves["WebP"].append((8 * len(data) / pixels, sample.psnr(image, codecs.decode(data))))
+            return {"bpp_psnr": curves}
+        curves = run.point(name, compute)["bpp_psnr"]
+        webp, ours = (sorted({p: b for b, p in curves[which]}.items()) for which in ("WebP", "autoencoder"))
+        try:
+            bd = metrics.bd_rate([b for _, b in webp], [p for p, _ in webp], [b for _, b in ours], [p for p, _ in ours])
+        except ValueError:
+            bd = None
+        summary[name] = {"bd_rate_percent": bd and round(bd, 1), "psnr_change_by_sampling_db": [
+            round(b[1] - a[1], 2) for a, b in zip(curves["autoencoder"], curves["HFD"])]}
+        print(f"{name:12} " + (f"{bd:+6.1f} % of WebP's bits at equal PSNR" if bd is not None else "no PSNR in common with WebP") +
+              f"; sampling changes PSNR by {summary[name]['psnr_change_by_sampling_db'][run.args.level - 1]:+.2f} dB")
+        data, _ = sample.compress(image, run.model, run.args.level)
+        side, left, top = 128, image.width // 2 - 64, image.height // 2 - 64
+        detail = lambda picture: picture.crop((left, top, left + side, top + side)).resize((2 * side, 2 * side), Image.NEAREST)
+        jpeg = Image.open(io.BytesIO(sample.jpeg_at(image, len(data))[0])).convert("RGB")
+        rows.append((name, [detail(p) for p in (image, jpeg, sample.decompress(data, run.model, rho=0)[0], sample.decompress(data, run.model)[0])]))
+    cell, font = 256 + 4, ImageFont.load_default(18)
+    sheet = Image.new("RGB", (cell * len(rows) - 4, 30 + 4 * cell), "white")
+    for column, (name, details) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((column * cell + 2, 4), name, "black", font)
+        for row, picture in enumerate(details):
+            sheet.paste(picture, (column * cell, 30 + row * cell))
+    run.finish(sheet, summary=summary)
+
+
+if __name__ == "__main__":
+    hfd.run(main)

@@ -1,0 +1,66 @@
+"""Where is the missing energy? Radially averaged power spectra of what decoders make, relative to the originals'.
+
+    python -m figures.spectrum --images KODAK --out figures
+
+0 dB is a photograph's own power at that spatial frequency. Squared error tells a decoder to leave out what it cannot know: the autoencoder falls off.
+JPEG does too, and adds its blocks at multiples of 1/8 cycles per pixel. The sampler's part is to bring the curve back to 0 dB, neither below nor above.
+"""
+import io
+
+import numpy as np
+from PIL import Image
+
+import hfd
+import sample
+from figures import common
+
+SIDE, BINS = 256, 64
+
+
+def radial_power(image):
+    """(BINS,) mean power of the grey picture's central square by spatial frequency, in equal bins from 0 to 1/2 cycles per pixel.
+
+    A Hann window fades the borders: the Fourier transform takes pictures for periodic, and the jump at their edges for detail."""
+    side = min(SIDE, *image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    grey = np.asarray(image.crop((left, top, left + side, top + side)).convert("L"), float)
+    window = np.hanning(side)
+    power = np.abs(np.fft.fft2((grey - grey.mean()) * window * window[:, None])) ** 2               # (side, side)
+    radius = np.hypot(np.fft.fftfreq(side), np.fft.fftfreq(side)[:, None])
+    which = np.minimum((radius * 2 * BINS).astype(int), BINS)                                       # beyond 1/2: corners, left out
+    return np.bincount(which.ravel(), power.ravel())[:BINS] / np.bincount(which.ravel())[:BINS]
+
+
+def main(argv=None):
+    """Average the spectra over all pictures, draw their ratios."""
+    run = common.Run("spectrum", __doc__, argv, lambda parser: parser.add_argument("--level", type=int, default=1, help="quality level of the model"))
+    level = run.args.level
+
+    def compute():
+        spectra = {}
+        for i, image in enumerate(run.images):
+            data, x_hat = run.coded(level, i)
+            x = hfd.sample_picture(run.model.diffusion, x_hat, level - 1, sample.STEPS, sample.SAMPLER, run.args.seed + i, sample.ETA)
+            jpeg = Image.open(io.BytesIO(sample.jpeg_at(image, len(data))[0])).convert("RGB")
+            for name, picture in (("original", image), ("JPEG", jpeg), ("autoencoder", sample.to_image(x_hat, *image.size)),
+                                  ("HFD", sample.to_image(x, *image.size))):
+                spectra.setdefault(name, []).append(radial_power(picture))
+        return {"power": {name: np.mean(each, axis=0).tolist() for name, each in spectra.items()}}
+
+    power = run.point(f"level {level}", compute)["power"]
+    frequency = (np.arange(BINS) + 0.5) / (2 * BINS)
+    figure, (panel,) = common.axes(width=6)
+    ends = [(frequency[-1], 0, "original", common.GREY)]
+    panel.axhline(0, color=common.GREY)
+    for name in ("JPEG", "autoencoder", "HFD"):
+        gain = 10 * np.log10(np.divide(power[name], power["original"]))                             # (BINS,)
+        panel.plot(frequency, gain, color=common.LOOK[name][0])
+        ends.append((frequency[-1], gain[-1], name, common.LOOK[name][0]))
+        print(f"{name:12}: {gain[BINS // 4]:+.1f} dB at 1/8, {gain[BINS // 2]:+.1f} dB at 1/4, {gain[-1]:+.1f} dB at 1/2 cycles per pixel")
+    panel.set(title=f"Level {level}: power relative to the original", xlabel="cycles per pixel", ylabel="dB")
+    common.label_ends(panel, ends)
+    run.finish(figure)
+
+
+if __name__ == "__main__":
+    hfd.run(main)

@@ -1,0 +1,51 @@
+"""How many steps does sampling take? Ancestral DDPM, DDIM, DPM-Solver++ and, with --flow, rectified flow, from 1 to 250 steps.
+
+    python -m figures.steps --images KODAK --out figures
+
+The paper draws 250 ancestral steps, and finds that rectified flow is better with few steps and diffusion with many. A step is one evaluation
+of the network for every pixel, so steps are the cost of decoding, whatever the sampler.
+"""
+import hfd
+from figures import common
+
+STEPS = (1, 2, 4, 8, 16, 32, 64, 125, 250)
+
+
+def flags(parser):
+    """The flags of this script alone."""
+    parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
+    parser.add_argument("--most", type=int, default=250, help="no more steps than this")
+    parser.add_argument("--eta", type=float, default=0.1, help="of the samplers' schedule")
+    parser.add_argument("--flow", metavar="FILE", help="a checkpoint with the same autoencoder, trained with --objective flow")
+
+
+def main(argv=None):
+    """Sample with every sampler in every number of steps, print, draw."""
+    run = common.Run("steps", __doc__, argv, flags)
+    steps = [n for n in STEPS if n <= run.args.most][::4 if run.args.quick else 1]
+    lines = {name: (name, run.model.diffusion) for name in sorted(hfd.SAMPLERS)}
+    if run.args.flow:           # an Euler step on the flow is a DDIM step on its schedule
+        lines["flow"] = "ddim", hfd.load_model(run.args.flow, run.device).diffusion
+    curves = {(level, name): [run.sampled(f"level {level}, {name}, {n} steps", level, net, steps=n, sampler=sampler, eta=run.args.eta)
+                              for n in steps] for level in run.args.levels for name, (sampler, net) in lines.items()}
+    numbers = ["fd", "psnr"] if run.features else ["psnr"]
+    for (level, name), points in curves.items():
+        for n, point in zip(steps, points):
+            print(f"level {level}, {name:5} {n:4} steps: " + ", ".join(f"{number} {point[number]:.2f}" for number in numbers) +
+                  f", {point['seconds']['diffusion']:.2f} s")
+    figure, panels = common.axes(len(numbers) + 1, width=4.4)
+    for panel, number in zip(panels, numbers + ["seconds"]):
+        ends = []
+        for (level, name), points in curves.items():
+            if number == "seconds" and level != run.args.levels[0]:
+                continue            # all levels cost the same
+            colour, marker = common.CYCLE[list(lines).index(name)]
+            y = [point["seconds"]["diffusion"] if number == "seconds" else point[number] for point in points]
+            panel.plot(steps, y, color=colour, marker=marker, linestyle="-" if level == run.args.levels[0] else "--")
+            ends.append((steps[-1], y[-1], name if number == "seconds" else f"{name}, level {level}", colour))
+        common.dress(panel, run, number, "steps", steps, ends)
+    run.finish(figure)
+
+
+if __name__ == "__main__":
+    hfd.run(main)
