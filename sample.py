@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
 import entropy
 import hfd
@@ -62,6 +62,7 @@ def open_picture(path):
             colour = any(kind in str(tile.args) for tile in image.tile for kind in ("RGB;16", "RGBA;16", "LA;16"))
             if colour or image.mode.startswith("I"):                            # of 16-bit colour Pillow itself keeps 8
                 remarks.append("16 bits per sample are reduced to 8")
+            profile = image.info.get("icc_profile")
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise HFDError(f"{path}: floating-point pixels have no fixed range; convert it to 8 or 16 bits first")
@@ -71,6 +72,13 @@ def open_picture(path):
                 remarks.append("transparency is dropped: the picture is laid on white")
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image if image.mode in ("RGB", "CMYK") else image.convert("RGB")
+            if profile and b"sRGB" not in profile.replace(b"\0", b""):          # the names in profiles are ASCII or UTF-16
+                try:
+                    image = ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB")
+                    remarks.append("colours are converted to sRGB")
+                except (ImageCms.PyCMSError, OSError):
+                    remarks.append("its colour profile cannot be used; colours are taken for sRGB")
             return image.convert("RGB"), remarks
     except HFDError:
         raise

@@ -139,17 +139,18 @@ class Run:
     def measure(self, key, code):
         """Code every picture and score what comes back: {variant: numbers}, kept as the point `key`.
 
-        code(i, image) -> (bytes of the file, {variant: (decoded PIL image, {part: seconds})}) for picture number i. Numbers are
-        means over pictures, `bpp`, `psnr` in dB, `seconds` by part, and metrics.realism if there are features; and
-        one by one bpp_each, psnr_each and rgb_each, the decoded picture's mean colour, 0 .. 255."""
+        code(i, image) -> (bytes of the file, {variant: (decoded PIL image, {part: seconds})}) for picture number i; a third entry of a
+        variant may hold more numbers by name. Results are means over pictures, `bpp`, `psnr` in dB, `seconds` by part, those
+        numbers, and metrics.realism if there are features; and one by one bpp_each, psnr_each and rgb_each, the
+        decoded picture's mean colour, 0 .. 255."""
         def compute():
             rows, begin = {}, time.time()
             for i, image in enumerate(self.images):
                 data, variants = code(i, image)
-                for variant, (decoded, seconds) in variants.items():
+                for variant, (decoded, seconds, *more) in variants.items():
                     rows.setdefault(variant, []).append((
                         round(8 * len(data) / (image.width * image.height), 5), round(sample.psnr(image, decoded), 4),
-                        np.asarray(decoded).mean(axis=(0, 1)).round(4).tolist(), seconds, self.features and self.features(decoded)))
+                        np.asarray(decoded).mean(axis=(0, 1)).round(4).tolist(), seconds, self.features and self.features(decoded), (more or [{}])[0]))
                 if sys.stderr.isatty():
                     left = (time.time() - begin) / (i + 1) * (len(self.images) - i - 1)
                     sys.stderr.write(f"\r{key}: picture {i + 1}/{len(self.images)}, {left:.0f} s left \033[K\r")
@@ -182,9 +183,10 @@ class Run:
             return data, {"autoencoder": (sample.to_image(x_hat, *image.size), {"decoder": 0.0})}
         return self.measure(f"autoencoder, level {level}", code)["autoencoder"]
 
-    def _score(self, bpp, psnr, rgb, seconds, features):
+    def _score(self, bpp, psnr, rgb, seconds, features, more):
         return {"bpp": float(np.mean(bpp)), "psnr": float(np.mean(psnr)),
                 "seconds": {part: round(float(np.mean([s[part] for s in seconds])), 5) for part in seconds[0]},
+                **{name: round(float(np.mean([numbers[name] for numbers in more])), 5) for name in more[0]},
                 **(metrics.realism(self.reference, features) if self.features else {}),
                 "bpp_each": bpp, "psnr_each": psnr, "rgb_each": rgb}
 

@@ -12,6 +12,15 @@ import sample
 from figures import codecs, common, metrics
 
 
+def idempotence(model, k, decoded, level):
+    """The share of the latent's non-zero symbols that come back when the decoded PIL picture is encoded again, and of all symbols.
+
+    An ideal conditional sampler would return every one: the file says something about the picture, and a true sample
+    agrees with what the file says (Xu et al. 2024)."""
+    same = model.autoencoder.encode(sample.to_tensor(decoded, k.device), level - 1) == k                # (1, M, h, w)
+    return {"symbols_back": same.float().mean().item(), "nonzero_symbols_back": same[k != 0].float().mean().nan_to_num(1).item()}
+
+
 def ours(run, level):
     """Code with the model at quality `level`, 1 .. Q, and decode with the defaults of sample.decompress. One file, decoded
     once, serves both curves, since HFD starts from the autoencoder's picture."""
@@ -24,11 +33,13 @@ def ours(run, level):
         (k, energy), unpacking = common.timed(sample.decode_latent, header, model, run.names[i])    # (1, M, h, w)
         x_hat, decoding = common.timed(model.autoencoder.decode, k, level - 1)                      # (1, 3, H', W')
         seconds = report["seconds"] | {"range decoder": unpacking, "decoder": decoding}
-        variants = {"autoencoder": (sample.to_image(x_hat, *image.size), seconds)}
+        decoded = sample.to_image(x_hat, *image.size)
+        variants = {"autoencoder": (decoded, seconds, idempotence(model, k, decoded, level))}
         if model.diffusion is not None:
             x, sampling = common.timed(hfd.sample_picture, model.diffusion, x_hat, level - 1, sample.STEPS, sample.SAMPLER, seed,
                                        sample.ETA, energy, sample.PATCH, sample.CONTEXT)
-            variants["HFD"] = sample.to_image(x, *image.size), seconds | {"diffusion": sampling}
+            decoded = sample.to_image(x, *image.size)
+            variants["HFD"] = decoded, seconds | {"diffusion": sampling}, idempotence(model, k, decoded, level)
         return data, variants
     return code
 
@@ -92,6 +103,9 @@ def report(curves, summary):
     for level, drop in summary["psnr_drop_db"].items():
         print(f"HFD against the autoencoder, level {level}: PSNR lower by {drop:.2f} dB, mean colour shifted by "
               f"{summary['colour_shift_255'][level]:.2f} / 255")
+    for (level, a), (_, b) in zip(curves["autoencoder"], curves["HFD"]):
+        print(f"idempotence, level {level}: of the symbols that are not zero, {100 * a['nonzero_symbols_back']:.1f} % come back from the autoencoder's "
+              f"picture, {100 * b['nonzero_symbols_back']:.1f} % from HFD's")
 
 
 # Published curves that are best named where they start (and how the name stands to that point); the others where they end.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import entropy
 import hfd
@@ -218,6 +218,22 @@ def test_exif_rotation_is_applied(photo, tmp_path):
     photo.save(tmp_path / "turned.png", exif=exif)
     image, _ = sample.open_picture(tmp_path / "turned.png")
     assert image.size == (75, 100) and sample.psnr(image, photo.transpose(Image.ROTATE_270)) == float("inf")
+
+
+def test_colour_profiles_are_honoured(photo, tmp_path):
+    """A picture in another colour space than sRGB, as phones make them, is converted; sRGB itself passes untouched; a broken profile is told."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    # The same profile under another name, with the red and the blue primary exchanged.
+    swapped = srgb.replace(b"rXYZ", b"tmpX").replace(b"bXYZ", b"rXYZ").replace(b"tmpX", b"bXYZ").replace(b"s\0R\0G\0B", b"s\0W\0A\0P")
+    for name, profile in (("srgb", srgb), ("swapped", swapped), ("broken", b"no profile")):
+        photo.save(tmp_path / f"{name}.png", icc_profile=profile)
+    image, remarks = sample.open_picture(str(tmp_path / "srgb.png"))
+    assert (np.asarray(image) == np.asarray(photo)).all() and not remarks
+    image, remarks = sample.open_picture(str(tmp_path / "swapped.png"))
+    assert "converted to sRGB" in remarks[0]
+    assert np.abs(np.asarray(image, int) - np.asarray(photo, int)[..., ::-1]).max() <= 2
+    image, remarks = sample.open_picture(str(tmp_path / "broken.png"))
+    assert (np.asarray(image) == np.asarray(photo)).all() and "cannot be used" in remarks[0]
 
 
 def test_of_an_animation_the_first_frame_is_kept(tmp_path):
@@ -444,10 +460,13 @@ def test_compress_info_decompress(desk, tiny_model, model, data, capsys):
     assert "blocks of 32" in capsys.readouterr().out and (desk / "new.hfd").stat().st_size > len(data)
     sample.main(["decompress", *files[1:], "--rho", "0", "--force", "--model", tiny_model])
     assert (np.asarray(Image.open(files[2])) == decode(data, model, rho=0)).all()
+    sample.main(["compress", *files[:2], "--seed", "7", "--refine", "3", "--force", "--model", tiny_model])
+    assert "refining step 3/3" in capsys.readouterr().err and (desk / "new.hfd").read_bytes() != data
+    sample.main(["decompress", *files[1:], "--rho", "0", "--force", "--model", tiny_model])
 
 
 REFUSED = ["compress missing.png new.hfd", "compress photo.hfd new.hfd", "compress photo.png taken.hfd", "compress photo.png .",
-           "compress photo.png nowhere/new.hfd", "compress photo.png new.hfd --quality 9", "compress photo.png new.hfd --quality 0",
+           "compress photo.png nowhere/new.hfd", "compress photo.png new.hfd --quality 9", "compress photo.png new.hfd --quality 0", "compress photo.png new.hfd --refine -1",
            "compress photo.png new.hfd --model photo.png", "compress photo.png new.hfd --device abacus",
            "decompress missing.hfd new.png", "decompress photo.png new.png", "decompress broken.hfd new.png", "decompress . new.png",
            "decompress broken.hfd taken.png --force", "decompress photo.hfd taken.png", "decompress photo.hfd new.xyz",
