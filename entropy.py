@@ -1,7 +1,7 @@
 """Bits: from the probability of a latent to the bytes of a file, and back.
 
 An image codec ends in a short lossless step. The latent y has been rounded to integers k, and they must
-become as few bytes as possible. Three ideas do it, and this file tells them in this order:
+become as few bytes as possible. Four ideas do it, and this file tells them in this order:
 
 1. A *factorized prior* (Balle et al. 2018, appendix 6.1) learns, for every latent channel m, a cumulative
    distribution function c_m(y). Rounding with a step puts all of [k - 1/2, k + 1/2] * step into symbol k, so
@@ -12,7 +12,10 @@ become as few bytes as possible. Three ideas do it, and this file tells them in 
 3. A *range coder* (Martin 1979) turns symbols and integer tables into bytes, within a fraction of a
    per cent of the cross-entropy, which is the number that the training minimised.
 
-Everything from step 2 on is exact integer arithmetic: a file means the same everywhere.
+4. *Scales*. One distribution per channel, for sky and grass alike, is wrong nearly everywhere by a factor. So each cell
+   of the latent says by which factor to stretch them all: a scale hyperprior (Balle et al. 2018) in its smallest form.
+
+Decoding is exact integer arithmetic from step 2 on: a file means the same everywhere.
 """
 import copy
 import math
@@ -83,6 +86,7 @@ class FactorizedPrior(nn.Module):
 # 2. Integer tables
 # ------------------------------------------------------------------------------------------------------
 
+SCALES = tuple(2 ** (i / 2) for i in range(-3, 4))         # factors by which the prior may be stretched, see `choose_scales`
 PRECISION = 24              # probabilities are integers out of 2^24
 TOTAL = 1 << PRECISION      # why not 2^16: no entry can be below 1/TOTAL, and at low rates most channels are
 MAX_SYMBOL = 1023           # nearly always zero, so 2^-16 for each of the others would already cost 4 %
@@ -90,20 +94,20 @@ MAX_SYMBOL = 1023           # nearly always zero, so 2^-16 for each of the other
 
 @dataclass
 class Tables:
-    """The prior, frozen: for each quality level q and channel m, integer cumulative counts of its symbols.
+    """The prior, frozen: for each quality level q, scale s and channel m, integer cumulative counts of its symbols.
 
-    Table (q, m) covers the symbols low[q, m] .. low[q, m] + size[q, m] - 2 and, last, an escape for all others.
-    Its size + 1 cumulative counts are cdf[start[q, m] : start[q, m] + size[q, m] + 1]: 0, ..., 2^24.
+    Table (q, s, m) covers the symbols low[q, s, m] .. low[q, s, m] + size[q, s, m] - 2 and, last, an escape for all others.
+    Its size + 1 cumulative counts are cdf[start[q, s, m] : start[q, s, m] + size[q, s, m] + 1]: 0, ..., 2^24.
     """
-    low: torch.Tensor       # (Q, M) int32, the smallest symbol; never above 0
-    size: torch.Tensor      # (Q, M) int32, number of entries, the escape included
-    start: torch.Tensor     # (Q, M) int32, where the table begins in cdf
+    low: torch.Tensor       # (Q, S, M) int32, the smallest symbol; never above 0
+    size: torch.Tensor      # (Q, S, M) int32, number of entries, the escape included
+    start: torch.Tensor     # (Q, S, M) int32, where the table begins in cdf
     cdf: torch.Tensor       # (sum of sizes + 1 each,) int32
 
     def validate(self):
         """Raise ValueError unless every table is one that the coder can use safely."""
         low, size, start, cdf = (t.numpy().astype(np.int64) for t in (self.low, self.size, self.start, self.cdf))
-        if not (low.ndim == 2 and low.shape == size.shape == start.shape and cdf.ndim == 1 and low.size):
+        if not (low.ndim == 3 and low.shape == size.shape == start.shape and low.shape[1] == len(SCALES) and cdf.ndim == 1 and low.size):
             raise ValueError("probability tables have the wrong shape")
         if (size < 2).any() or (low > 0).any() or (low + size - 2 < 0).any():
             raise ValueError("a probability table does not hold the symbol 0 and the escape")
@@ -118,10 +122,10 @@ class Tables:
             raise ValueError("a probability table is not strictly increasing, so some symbol has no code")
         return self
 
-    def get(self, q, m):
-        """(low, cumulative counts as an int64 array) of quality level q and channel m, both counted from 0."""
-        a, n = int(self.start[q, m]), int(self.size[q, m])
-        return int(self.low[q, m]), self.cdf[a:a + n + 1].numpy().astype(np.int64)
+    def get(self, q, s, m):
+        """(low, cumulative counts as an int64 array) of quality level q, scale s and channel m, all counted from 0."""
+        a, n = int(self.start[q, s, m]), int(self.size[q, s, m])
+        return int(self.low[q, s, m]), self.cdf[a:a + n + 1].numpy().astype(np.int64)
 
 
 @torch.no_grad()
@@ -133,7 +137,10 @@ def freeze(prior, steps):
     k = torch.arange(-MAX_SYMBOL, MAX_SYMBOL + 1, dtype=torch.float64)                          # (K,)
     prior = copy.deepcopy(prior).double().cpu()
     low, size, cdf = [], [], []
-    for step in steps.detach().double().cpu():                                                  # (M,), one level
+    shape = len(steps), len(SCALES), steps.shape[1]
+    # Stretching the distribution by a factor is the same as shrinking the step by it.
+    steps = steps.detach().double().cpu()[:, None] / torch.tensor(SCALES, dtype=torch.float64)[:, None]     # (Q, S, M)
+    for step in steps.flatten(0, 1):                                                            # (M,), one level and scale
         p = prior.likelihood((k * step[:, None])[None, :, :, None], step[:, None, None])        # (1, M, K, 1)
         for row in p[0, :, :, 0].numpy():                                                       # (K,)
             common = np.append(np.flatnonzero(row >= 2.0 ** (2 - PRECISION)), MAX_SYMBOL)       # k = 0 in any case
@@ -148,7 +155,7 @@ def freeze(prior, steps):
             size.append(len(counts))
             cdf.append(np.concatenate([[0], counts.cumsum()]))
     start = np.cumsum([0] + [len(c) for c in cdf[:-1]])
-    shaped = [torch.tensor(np.array(a), dtype=torch.int32).reshape(steps.shape) for a in (low, size, start)]
+    shaped = [torch.tensor(np.array(a), dtype=torch.int32).reshape(shape) for a in (low, size, start)]
     return Tables(*shaped, torch.tensor(np.concatenate(cdf), dtype=torch.int32)).validate()
 
 
@@ -285,113 +292,189 @@ def decode_gamma(coder):
 FLAG_FROM = 4       # a channel of fewer symbols has no flag: there its cost would be noticed
 
 
-def _zero_flag(cdf, low, count):
-    """The cumulative table [0, not all zero, all zero] for a channel of `count` symbols.
+# The prior knows one distribution per channel, for all pictures and places. But what a patch of sky leaves in a channel is ten times
+# smaller than what grass leaves there, and in all channels at once. So the encoder says for each cell (a column of the latent, 16x16
+# pixels) by which of seven factors the prior is to be stretched there. This is the idea of the scale hyperprior (Balle et al. 2018) in
+# its smallest form: where that has a network infer scales from a second latent, we try all seven and keep the cheapest.
 
-    If P(k = 0) = p, then `count` symbols are all zero with p^count under the prior; so a flag of that probability costs
+
+def choose_scales(k, tables, q):
+    """For each cell of the latent k (M, H, W) a scale, 0 .. S - 1, such that every row of cells costs the fewest bits, those of the map
+    included: (H, W). An entry of the map depends on its left neighbour, so what is sought is the cheapest path through a row,
+    which the Viterbi algorithm finds: for each scale of a cell, the best way there is one of the best ways to the cell before."""
+    costs = np.zeros((len(SCALES), k[0].size))                                                  # (S, H * W)
+    for m, channel in enumerate(k.reshape(len(k), -1)):                                         # (H * W,)
+        silent = not channel.any()
+        for s in range(len(SCALES)):
+            low, cdf = tables.get(q, s, m)
+            index = np.array([-low]) if silent else np.clip(channel - low, -1, len(cdf) - 2)    # -1 is the last entry, the escape
+            costs[s] -= np.log2(np.diff(cdf))[index]
+    step = -np.log2(np.diff(_near(len(SCALES), SMOOTH)))                                        # (S, S), bits from one to the next
+    scales, above = np.zeros(k.shape[1:], np.int64), len(SCALES) // 2
+    for i, row in enumerate(costs.T.reshape(*k.shape[1:], -1)):                                 # (W, S)
+        total, ways = step[above] + row[0], []
+        for cost in row[1:]:
+            ways.append((total[:, None] + step).argmin(axis=0))                                 # (S,), from where
+            total = (total[:, None] + step).min(axis=0) + cost                                  # (S,)
+        scales[i, -1] = total.argmin()
+        for j in reversed(range(len(ways))):
+            scales[i, j] = ways[j][scales[i, j + 1]]
+        above = scales[i, 0]
+    return scales
+
+
+def _zero_flag(parts):
+    """The cumulative table [0, not all zero, all zero] for a channel whose cells use several tables: parts of (low, cdf, cells).
+
+    If P(k = 0) = p, then n symbols are all zero with p^n under the prior; so a flag of that probability costs
     an all-zero channel just what its zeros would have cost, and spares the loop over them. (But never more than 24 bits: in a
     large and smooth picture whole channels are silent, more often than independent symbols would be.) Where the flag
-    says "not all zero", it cost -log2(1 - p^count) bits more than needed, half a bit on average at worst; so channels of
-    fewer than FLAG_FROM symbols, where that would be noticed, have no flag. p^count by repeated squaring in
+    says "not all zero", it cost -log2(1 - p^n) bits more than needed, half a bit on average at worst; so channels of
+    fewer than FLAG_FROM symbols, where that would be noticed, have no flag. Powers by repeated squaring in
     integers of 62 bits, for floating-point powers differ between machines."""
-    power, base = 1 << 62, int(cdf[1 - low] - cdf[-low]) << 62 - PRECISION
-    while count:
-        if count & 1:
-            power = power * base >> 62
-        base = base * base >> 62
-        count >>= 1
+    power = 1 << 62
+    for low, cdf, cells in parts:
+        base, count = int(cdf[1 - low] - cdf[-low]) << 62 - PRECISION, len(cells)
+        while count:
+            if count & 1:
+                power = power * base >> 62
+            base = base * base >> 62
+            count >>= 1
     return [0, TOTAL - min(max(power >> 62 - PRECISION, 1), TOTAL - 1), TOTAL]
+
+
+def _channels(tables, q, scales):
+    """For each channel m its parts, one for each scale that occurs: (low, cdf, numbers of the cells of that scale)."""
+    cells = [(s, np.flatnonzero(scales.ravel() == s)) for s in np.unique(scales).tolist()]
+    for m in range(tables.low.shape[2]):
+        yield [(*tables.get(q, s, m), numbers) for s, numbers in cells]
 
 
 def encode(k, tables, q):
     """Code the integer latent k, an array of shape (M, H, W), at quality level q. Returns bytes.
 
-    Channel after channel: the flag "all zero", or else its symbols row by row, then what its escapes stood for."""
-    coder = RangeEncoder()
-    for m, channel in enumerate(np.asarray(k, np.int64).reshape(len(k), -1)):                   # (H * W,)
-        low, cdf = tables.get(q, m)
+    First the map of scales. Then channel after channel: the flag "all zero", or else for one scale after the other the symbols of
+    its cells, row by row, and what escapes among them stood for."""
+    k, coder = np.asarray(k, np.int64), RangeEncoder()
+    scales = choose_scales(k, tables, q)
+    _put_map(coder, scales, len(SCALES), SMOOTH)
+    for channel, parts in zip(k.reshape(len(k), -1), _channels(tables, q, scales)):             # (H * W,)
         if len(channel) >= FLAG_FROM:
-            flag = _zero_flag(cdf, low, len(channel))
+            flag = _zero_flag(parts)
             if not channel.any():
                 coder.encode([flag[1]], [TOTAL - flag[1]])
                 continue
             coder.encode([0], [flag[1]])
-        escape, index = len(cdf) - 2, channel - low
-        outside = (index < 0) | (index >= escape)
-        index[outside] = escape
-        coder.encode(cdf[index].tolist(), (cdf[index + 1] - cdf[index]).tolist())
-        for value in channel[outside].tolist():
-            above = value >= low + escape
-            coder.encode_bits(above, 1)
-            encode_gamma(coder, value - (low + escape) + 1 if above else low - value)
+        for low, cdf, cells in parts:
+            values = channel[cells]
+            escape, index = len(cdf) - 2, values - low
+            outside = (index < 0) | (index >= escape)
+            index[outside] = escape
+            coder.encode(cdf[index].tolist(), (cdf[index + 1] - cdf[index]).tolist())
+            for value in values[outside].tolist():
+                above = value >= low + escape
+                coder.encode_bits(above, 1)
+                encode_gamma(coder, value - (low + escape) + 1 if above else low - value)
     return coder.finish()
 
 
 def decode(data, tables, q, shape):
     """The inverse of `encode`: bytes to an int64 array of the given shape (M, H, W). Raises ValueError on damage."""
     coder = RangeDecoder(data)
+    scales = _get_map(coder, len(SCALES), shape[1:], SMOOTH)
     k = np.zeros((shape[0], shape[1] * shape[2]), np.int64)
-    for m in range(shape[0]):
-        low, cdf = tables.get(q, m)
-        if k.shape[1] >= FLAG_FROM and coder.decode(_zero_flag(cdf, low, k.shape[1]), 1)[0]:
+    for channel, parts in zip(k, _channels(tables, q, scales)):
+        if len(channel) >= FLAG_FROM and coder.decode(_zero_flag(parts), 1)[0]:
             continue
-        escape = len(cdf) - 2
-        k[m] = np.array(coder.decode(cdf.tolist(), k.shape[1])) + low
-        for i in np.flatnonzero(k[m] == low + escape):
-            above = coder.decode_bits(1)
-            distance = decode_gamma(coder)
-            k[m, i] = low + escape + distance - 1 if above else low - distance
+        for low, cdf, cells in parts:
+            escape = len(cdf) - 2
+            values = np.array(coder.decode(cdf.tolist(), len(cells))) + low
+            for i in np.flatnonzero(values == low + escape):
+                above = coder.decode_bits(1)
+                distance = decode_gamma(coder)
+                values[i] = low + escape + distance - 1 if above else low - distance
+            channel[cells] = values
     return k.reshape(shape)
 
 
-# The HFD+ map is small and smooth: each value is coded given its left neighbour (at the left edge, the one above), with
-# probabilities that halve with every unit of distance. No statistics to learn, no table to store.
+def cross_entropy(k, tables, q):
+    """The bits that `encode` should need for k, shape (M, H, W): -log2 of the probability of all that it codes, scales, flags, symbols, and
+    the sign and Elias-gamma bits of escapes. A float; the coder comes within 0.2 % and a few bytes of it."""
+    k, bits = np.asarray(k, np.int64), 0.0
+    scales = choose_scales(k, tables, q)
+    near = np.diff(_near(len(SCALES), SMOOTH)) / TOTAL                                          # (S, S)
+    bits -= sum(math.log2(near[pair]) for pair in _neighbours(scales, len(SCALES)))
+    for channel, parts in zip(k.reshape(len(k), -1), _channels(tables, q, scales)):             # (H * W,)
+        if len(channel) >= FLAG_FROM:
+            flag = _zero_flag(parts)
+            if not channel.any():
+                bits += PRECISION - math.log2(TOTAL - flag[1])
+                continue
+            bits += PRECISION - math.log2(flag[1])
+        for low, cdf, cells in parts:
+            escape, index = len(cdf) - 2, channel[cells] - low
+            outside = (index < 0) | (index >= escape)
+            distance = np.where(index < 0, -index, index - escape + 1)[outside]                 # >= 1
+            index[outside] = escape
+            bits += (PRECISION - np.log2(cdf[index + 1] - cdf[index])).sum()
+            bits += (1 + 2 * np.floor(np.log2(distance)) + 1).sum()
+    return float(bits)
 
-def _near(value, levels):
-    weights = [1 << 2 * levels >> abs(level - value) for level in range(levels)]
-    cdf = [0]
-    for weight in weights:
-        cdf.append(cdf[-1] + TOTAL * weight // sum(weights))
-    return cdf[:-1] + [TOTAL]
+
+# ------------------------------------------------------------------------------------------------------
+# 5. Small maps
+# ------------------------------------------------------------------------------------------------------
+# The map of scales, and HFD+'s, are small and smooth: each value is coded given its left neighbour (at the left edge, the one above), with
+# probabilities that fall by 2^-smooth with every unit of distance (to no less than about 2^-16). No statistics to learn, no table to store.
+
+SMOOTH = 4          # of the map of scales
+
+
+def _near(levels, smooth):
+    """The cumulative tables of a map's entry, one for each value of its neighbour: lists [0, ..., TOTAL]."""
+    tables = []
+    for value in range(levels):
+        weights = [(1 << smooth * (levels - abs(level - value))) + (1 << smooth * levels >> 16) for level in range(levels)]
+        tables.append([TOTAL * sum(weights[:n]) // sum(weights) for n in range(levels + 1)])
+    return tables
+
+
+def _neighbours(values, levels):
+    """Pairs (neighbour's value, own value), row by row, of an array (h, w)."""
+    above = levels // 2
+    for row in values.tolist():
+        yield from zip([above] + row, row)
+        above = row[0]
+
+
+def _put_map(coder, values, levels, smooth):
+    """Code an array (h, w) of integers 0 .. levels - 1 with a RangeEncoder."""
+    tables = _near(levels, smooth)
+    for expected, value in _neighbours(values, levels):
+        cdf = tables[expected]
+        coder.encode([cdf[value]], [cdf[value + 1] - cdf[value]])
+
+
+def _get_map(coder, levels, shape, smooth):
+    """The int64 array (h, w) that `_put_map` was given, from a RangeDecoder."""
+    tables, values, above = _near(levels, smooth), [], levels // 2
+    for _ in range(shape[0]):
+        left, row = above, []
+        for _ in range(shape[1]):
+            left = coder.decode(tables[left], 1)[0]
+            row.append(left)
+        values.append(row)
+        above = row[0]
+    return np.array(values, np.int64)
 
 
 def encode_map(values, levels):
-    """Code a small array (h, w) of integers 0 .. levels - 1, row by row. Returns bytes."""
-    coder, above = RangeEncoder(), 0
-    for row in np.asarray(values).tolist():
-        for left, value in zip([above] + row, row):
-            cdf = _near(left, levels)
-            coder.encode([cdf[value]], [cdf[value + 1] - cdf[value]])
-        above = row[0]
+    """Code a small array (h, w) of integers 0 .. levels - 1. Returns bytes."""
+    coder = RangeEncoder()
+    _put_map(coder, np.asarray(values), levels, 1)
     return coder.finish()
 
 
 def decode_map(data, levels, shape):
     """The inverse of `encode_map`: bytes to an int64 array of the given shape (h, w). Raises ValueError on damage."""
-    coder, values = RangeDecoder(data), np.zeros(shape, np.int64)
-    for i in range(shape[0]):
-        for j in range(shape[1]):
-            left = values[i, j - 1] if j else values[i - 1, 0] if i else 0
-            values[i, j] = coder.decode(_near(int(left), levels), 1)[0]
-    return values
-
-
-def cross_entropy(k, tables, q):
-    """The bits that `encode` should need for k, shape (M, H, W): -log2 of the probability of all that it codes, flags, symbols, and
-    the sign and Elias-gamma bits of escapes. A float; the coder comes within 0.2 % and a few bytes of it."""
-    bits = 0.0
-    for m, channel in enumerate(np.asarray(k, np.int64).reshape(len(k), -1)):                   # (H * W,)
-        low, cdf = tables.get(q, m)
-        if len(channel) >= FLAG_FROM:
-            flag = _zero_flag(cdf, low, len(channel))
-            if not channel.any():
-                bits += PRECISION - math.log2(TOTAL - flag[1])
-                continue
-            bits += PRECISION - math.log2(flag[1])
-        escape, index = len(cdf) - 2, channel - low
-        outside = (index < 0) | (index >= escape)
-        distance = np.where(index < 0, -index, index - escape + 1)[outside]                     # >= 1
-        index[outside] = escape
-        bits += (PRECISION - np.log2(cdf[index + 1] - cdf[index])).sum()
-        bits += (1 + 2 * np.floor(np.log2(distance)) + 1).sum()
-    return float(bits)
+    return _get_map(RangeDecoder(data), levels, shape, 1)

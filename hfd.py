@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from entropy import FactorizedPrior, Tables, freeze
+from entropy import SCALES, FactorizedPrior, Tables
 
 # ------------------------------------------------------------------------------------------------------
 # Working in tiles
@@ -252,9 +252,13 @@ class Autoencoder(nn.Module):
         return {"loss": weight * (bpp + lambdas[q] * mse), "bpp": bpp, "mse": mse}
 
     def cost(self, for_rate, for_decoder, x, q):
-        """(bpp, mse), (B,) each, of pictures x at levels q. Two stand-ins for the integer latent, (B, M, h, w), in units of steps."""
+        """(bpp, mse), (B,) each, of pictures x at levels q. Two stand-ins for the integer latent, (B, M, h, w), in units of steps.
+        (The map of scales, a few thousandths of a bit per pixel, is not counted.)"""
         step = self.log_step[q].exp()[:, :, None, None]                                         # (B, M, 1, 1)
-        bpp = self.prior.bits(for_rate * step, step).sum(dim=(1, 2, 3)) / (x.shape[-2] * x.shape[-1])
+        with torch.no_grad():       # each cell's prior is stretched as is best for it, see entropy.choose_scales
+            bits = torch.stack([self.prior.bits(for_decoder * step / s, step / s).sum(dim=1, keepdim=True) for s in SCALES])
+            scale = torch.tensor(SCALES, device=x.device)[bits.argmin(dim=0)]                   # (B, 1, h, w)
+        bpp = self.prior.bits(for_rate * step / scale, step / scale).sum(dim=(1, 2, 3)) / (x.shape[-2] * x.shape[-1])
         x_hat = self.synthesis(self.dequantize(for_decoder, q), q)                              # (B, 3, H, W)
         return bpp, (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2
 
@@ -399,7 +403,7 @@ class UNet(nn.Module):
 
     No attention and nothing that mixes distant pixels: see `apply_tiled` for what that buys."""
 
-    def __init__(self, inputs, outputs, widths, blocks, levels, conditioning=256):
+    def __init__(self, inputs, outputs, widths, blocks, levels, conditioning=128):
         super().__init__()
         self.level = nn.Embedding(levels, conditioning)
         self.embed = nn.Sequential(nn.Linear(64, conditioning), nn.SiLU(), nn.Linear(conditioning, conditioning))
@@ -760,7 +764,7 @@ def load_model(path, device):
             raise ValueError("its digest does not match")
         autoencoder = rebuild(Autoencoder, AutoencoderConfig(**parts[0]["config"]), parts[0]["weights"])
         diffusion = parts[1]["weights"] and rebuild(Diffusion, DiffusionConfig(**parts[1]["config"]), parts[1]["weights"]) or None
-        if tables.validate().low.shape != autoencoder.log_step.shape or diffusion and diffusion.config.levels != len(autoencoder.log_step):
+        if tables.validate().low[:, 0].shape != autoencoder.log_step.shape or diffusion and diffusion.config.levels != len(autoencoder.log_step):
             raise ValueError("its parts do not belong together")
         identity = fingerprint(autoencoder.state_dict(), packed["tables"])[:4]
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:

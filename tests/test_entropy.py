@@ -1,4 +1,5 @@
 """What entropy.py promises: a prior that is a distribution, tables that are exact, a coder that wastes nothing."""
+import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -9,7 +10,7 @@ import torch
 from scipy.stats import logistic
 
 import entropy
-from entropy import PRECISION, TOTAL, RangeDecoder, RangeEncoder, Tables
+from entropy import PRECISION, SCALES, TOTAL, RangeDecoder, RangeEncoder, Tables
 
 # ------------------------------------------------------------------------------------------------------
 # Helpers
@@ -65,12 +66,21 @@ def some_latent(prior, step, shape=(6, 20, 30), seed=0):
     return k
 
 
-# A table set written out by hand, two levels of two channels: it does not depend on any floating-point library.
-HAND = Tables(low=torch.tensor([[-1, 0], [-2, -1]], dtype=torch.int32), size=torch.tensor([[4, 2], [6, 4]], dtype=torch.int32),
-              start=torch.tensor([[0, 5], [8, 15]], dtype=torch.int32),
-              cdf=torch.tensor([0, 2 ** 20, 15 * 2 ** 20, TOTAL - 9, TOTAL] + [0, TOTAL - 1, TOTAL] +
-                               [0, 1, 2 ** 22, 3 * 2 ** 22, TOTAL - 70000, TOTAL - 1, TOTAL] +
-                               [0, 5592405, 11184811, TOTAL - 3, TOTAL], dtype=torch.int32))
+def by_hand():
+    """A table set written out by hand, two levels of two channels: it does not depend on any floating-point library. In both, the three
+    smallest scales expect nearly nothing but zeros, and the three largest anything."""
+    quiet, loud = [(0, [0, TOTAL - 20000, TOTAL]), (0, [0, TOTAL - 3, TOTAL])], [(-2, [0, 2 ** 20, 2 ** 22, 3 * 2 ** 22, TOTAL - 70000, TOTAL - 9, TOTAL])] * 2
+    tables = []
+    for middle in ([(-1, [0, 2 ** 20, 15 * 2 ** 20, TOTAL - 9, TOTAL]), (0, [0, TOTAL - 1, TOTAL])],
+                   [(-2, [0, 1, 2 ** 22, 3 * 2 ** 22, TOTAL - 70000, TOTAL - 1, TOTAL]), (-1, [0, 5592405, 11184811, TOTAL - 3, TOTAL])]):
+        tables += 3 * quiet + middle + 3 * loud
+    low, cdf = zip(*tables)
+    shaped = [torch.tensor(a, dtype=torch.int32).reshape(2, len(SCALES), 2) for a in
+              (low, [len(c) - 1 for c in cdf], np.cumsum([0] + [len(c) for c in cdf[:-1]]))]
+    return Tables(*shaped, torch.tensor(sum(cdf, []), dtype=torch.int32))
+
+
+HAND = by_hand()
 
 # ------------------------------------------------------------------------------------------------------
 # The prior
@@ -126,11 +136,10 @@ def test_frozen_tables_are_valid():
     """Freezing keeps three promises for any step: start 0, end 2^24, strictly increasing, so that every symbol has a code."""
     steps = torch.tensor([1e-4, 0.02, 1.0, 30.0, 1e5])[:, None].repeat(1, 6)
     tables = entropy.freeze(random_prior(), steps)
-    for q in range(5):
-        for m in range(6):
-            low, cdf = tables.get(q, m)
-            assert cdf[0] == 0 and cdf[-1] == TOTAL and (np.diff(cdf) > 0).all()
-            assert low <= 0 <= low + len(cdf) - 3                               # 0 has an entry; the last is the escape
+    for table in itertools.product(range(5), range(len(SCALES)), range(6)):
+        low, cdf = tables.get(*table)
+        assert cdf[0] == 0 and cdf[-1] == TOTAL and (np.diff(cdf) > 0).all()
+        assert low <= 0 <= low + len(cdf) - 3                                   # 0 has an entry; the last is the escape
     assert int(tables.size.max()) == 2 * entropy.MAX_SYMBOL + 2 and int(tables.size.min()) == 2
 
 
@@ -138,16 +147,16 @@ def test_freezing_costs_next_to_nothing():
     """24 bits suffice: coding the prior's own symbols with the integer tables costs less than 0.02 % more bits."""
     prior = random_prior()
     tables, k = entropy.freeze(prior, STEPS), torch.arange(-1000.0, 1001, dtype=torch.float64)
-    for q in range(3):
-        for m in range(6):
-            p = prior.likelihood(k[None, None, :, None].repeat(1, 6, 1, 1) * STEPS[q, m], STEPS[q, m])[0, m, :, 0].numpy()
-            low, cdf = tables.get(q, m)
-            counts = np.diff(cdf)
-            inside = slice(1000 + low, 1000 + low + len(counts) - 1)
-            rest = 1 - p[inside].sum()
-            spent = -(p[inside] * np.log2(counts[:-1] / TOTAL)).sum() - rest * np.log2(counts[-1] / TOTAL)
-            ideal = -(p[inside] * np.log2(p[inside])).sum() - rest * np.log2(max(rest, 1e-30))
-            assert 0 <= spent - ideal + 1e-9 < 2e-4 * ideal + 2e-6
+    for q, s, m in itertools.product(range(3), range(len(SCALES)), range(6)):
+        step = STEPS[q, m] / SCALES[s]
+        p = prior.likelihood(k[None, None, :, None].repeat(1, 6, 1, 1) * step, step)[0, m, :, 0].numpy()
+        low, cdf = tables.get(q, s, m)
+        counts = np.diff(cdf)
+        inside = slice(1000 + low, 1000 + low + len(counts) - 1)
+        rest = 1 - p[inside].sum()
+        spent = -(p[inside] * np.log2(counts[:-1] / TOTAL)).sum() - rest * np.log2(counts[-1] / TOTAL)
+        ideal = -(p[inside] * np.log2(p[inside])).sum() - rest * np.log2(max(rest, 1e-30))
+        assert 0 <= spent - ideal + 1e-9 < 2e-4 * ideal + 2e-6
 
 
 DAMAGE = {
@@ -289,6 +298,45 @@ def test_elias_gamma():
 # ------------------------------------------------------------------------------------------------------
 
 
+def map_bits(scales):
+    """What the map of scales costs: -log2 of each entry's probability given its left neighbour, or the one above at the left edge."""
+    near = np.diff(entropy._near(len(SCALES), entropy.SMOOTH)) / TOTAL
+    first = np.concatenate([[len(SCALES) // 2], scales[:-1, 0]])
+    return -np.log2(near[np.concatenate([first[:, None], scales[:, :-1]], axis=1), scales]).sum()
+
+
+def test_scales_follow_the_picture():
+    """Where a latent is smaller or larger than usual in all channels at once, the prior is shrunk or stretched, and that saves bits."""
+    prior = random_prior(channels=40)
+    step = torch.full((1, 40), 0.25)
+    tables, k = entropy.freeze(prior, step), some_latent(prior, 0.25, (40, 12, 20))
+    plain = float(prior.bits(torch.from_numpy(k)[None] * 0.25, torch.tensor(0.25).double()).sum())
+    assert abs(entropy.cross_entropy(k, tables, 0) / plain - 1) < 0.02          # drawn from the prior itself: nothing to gain
+    assert np.abs(entropy.choose_scales(k, tables, 0) - 3).mean() < 1
+    k = np.concatenate([np.round(k[:, :, :10] / 3), k[:, :, 10:] * 3], axis=2).astype(np.int64)
+    scales = entropy.choose_scales(k, tables, 0)
+    assert scales[:, :10].mean() < 1.5 and scales[:, 10:].mean() > 4.5
+    plain = float(prior.bits(torch.from_numpy(k)[None] * 0.25, torch.tensor(0.25).double()).sum())
+    assert entropy.cross_entropy(k, tables, 0) < 0.95 * plain
+
+
+def test_no_cheaper_scales_exist():
+    """The Viterbi search is exact: of all ways to give three cells a scale, it finds one that costs no more than any other."""
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        k = rng.integers(-2, 3, (2, 1, 3)) * rng.integers(0, 2, (2, 1, 3))
+        cost = {}
+        for scales in itertools.product(range(len(SCALES)), repeat=3):
+            symbols = 0.0
+            for m, (cell, s) in itertools.product(range(2), enumerate(scales)):
+                low, cdf = HAND.get(1, s, m)
+                index = k[m, 0, cell] - low
+                index = index if 0 <= index < len(cdf) - 2 else len(cdf) - 2    # the escape
+                symbols += ideal_bits(cdf.tolist(), [index])
+            cost[scales] = symbols + map_bits(np.array([scales]))
+        assert cost[tuple(entropy.choose_scales(k, HAND, 1)[0])] == pytest.approx(min(cost.values()))
+
+
 @pytest.mark.parametrize("q", range(3))
 def test_real_bytes_are_as_few_as_estimated(q):
     """The number that training minimises is the file size: coded bits lie within 0.2 % + 16 bytes of the cross-entropy."""
@@ -298,8 +346,10 @@ def test_real_bytes_are_as_few_as_estimated(q):
     assert (entropy.decode(data, tables, q, k.shape) == k).all()
     estimate = entropy.cross_entropy(k, tables, q) / 8
     assert estimate > 300 and abs(len(data) - estimate) <= 0.002 * estimate + 16
-    y = torch.from_numpy(k)[None] * STEPS[q, 0].double()        # and the estimate in turn is the prior's own
-    assert math.isclose(float(prior.bits(y, STEPS[q, 0].double()).sum()) / 8, estimate, rel_tol=0.002)
+    scales = entropy.choose_scales(k, tables, q)                # and the estimate in turn is the prior's own
+    step = STEPS[q, 0].double() / torch.tensor(SCALES, dtype=torch.float64)[scales]                 # (H, W)
+    symbols = float(prior.bits(torch.from_numpy(k)[None] * step, step).sum())
+    assert math.isclose((symbols + map_bits(scales)) / 8, estimate, rel_tol=0.002)
 
 
 @pytest.mark.parametrize("step", [1.0, 2.0, 4.0])
@@ -327,9 +377,11 @@ def test_zero_channels_cost_what_their_zeros_would(q):
     """The flag for an all-zero channel has the probability that the prior gives to all its zeros: a short cut, not a discount.
     (Below 2^-24, which no integer table can express, it is one; so the count stays small here.)"""
     for count in (1, 3, 10):
-        flags = [entropy._zero_flag(HAND.get(q, m)[1], HAND.get(q, m)[0], count) for m in range(2)]
         k = np.zeros((2, 1, count), np.int64)
-        assert math.isclose(sum(ideal_bits(flag, [1]) for flag in flags), entropy.cross_entropy(k, HAND, q), rel_tol=1e-3, abs_tol=1e-3)
+        scales = entropy.choose_scales(k, HAND, q)
+        flags = [entropy._zero_flag(parts) for parts in entropy._channels(HAND, q, scales)]
+        estimate = entropy.cross_entropy(k, HAND, q) - map_bits(scales)
+        assert math.isclose(sum(ideal_bits(flag, [1]) for flag in flags), estimate, rel_tol=1e-3, abs_tol=1e-3)
         assert not entropy.decode(entropy.encode(k, HAND, q), HAND, q, k.shape).any()
 
 
@@ -383,9 +435,9 @@ def test_the_format_does_not_drift():
     """Bytes recorded when version 1 of the format was fixed: if this fails, old files no longer decode, so raise the version."""
     k = np.array([[[0, 1, -1, 0], [5, 0, 0, -300]], [[0, 0, 0, 0], [0, 0, 0, 1]]])
     zeros = np.zeros_like(k)
-    recorded = {0: "94e200e59d090758a4e8bf72fcf339", 1: "a5407728ddb2f4f22908ea"}
+    recorded = {0: "3a9a4456f24fa7829c63", 1: "3a931d2069b719e5e2bc45"}
     for q, text in recorded.items():
         assert entropy.encode(k, HAND, q).hex() == text
         assert (entropy.decode(bytes.fromhex(text), HAND, q, k.shape) == k).all()
-    assert entropy.encode(zeros, HAND, 1).hex() == "fffff7"
-    assert entropy.encode_map([[4, 4, 5], [3, 3, 7]], 8).hex() == "f5b952"
+    assert entropy.encode(zeros, HAND, 1).hex() == "06"
+    assert entropy.encode_map([[4, 4, 5], [3, 3, 7]], 8).hex() == "8b8a"
