@@ -11,7 +11,6 @@ become as few bytes as possible. Four ideas do it, and this file tells them in t
    point does not promise that. So when training ends, the prior is frozen to integers once and for all.
 3. A *range coder* (Martin 1979) turns symbols and integer tables into bytes, within a fraction of a
    per cent of the cross-entropy, which is the number that the training minimised.
-
 4. *Scales*. One distribution per channel, for sky and grass alike, is wrong nearly everywhere by a factor. So each cell
    of the latent says by which factor to stretch them all: a scale hyperprior (Balle et al. 2018) in its smallest form.
 

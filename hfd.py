@@ -233,7 +233,7 @@ class Autoencoder(nn.Module):
         """Integers k (B, M, h, w) at levels q (B,) to y_hat. Not to the middle of each bin: small values are more probable than large
         ones, so what fell into a bin lies on the side of zero more often than not. How far to move there is learned."""
         step, offset = self.log_step[q].exp()[:, :, None, None], self.offset[q][:, :, None, None]    # (B, M, 1, 1)
-        return step * (k - offset * k.sign())                                                   # (B, M, h, w)
+        return step * (k - offset * k.clamp(-1, 1))                                             # (B, M, h, w)
 
     def forward(self, x, q):
         """The training objective. x: (B, 3, H, W) in [-1, 1], H and W multiples of 16; q: (B,) levels.

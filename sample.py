@@ -43,7 +43,7 @@ HEADER = struct.Struct(">3sBBBHHI4s")       # without the checksum, which follow
 HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints" / "hfd.pt")
-STEPS, SAMPLER, ETA, PATCH, CONTEXT = 4, "dpm", 0.03, 256, 32       # defaults of decompress, chosen by measurement (README)
+STEPS, SAMPLER, ETA, PATCH, CONTEXT = 6, "dpm", 0.08, 256, 32       # defaults of decompress, chosen by measurement (README)
 
 # ------------------------------------------------------------------------------------------------------
 # Pictures in and out
