@@ -14,6 +14,7 @@ import os
 import tempfile
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,11 +60,17 @@ def measure(count, args, stage, model, batch_loss, groups, checkpoint, photos):
             loss = batch_loss(model, args.crop, args.batch)["loss"]
         loss.backward()
 
-    seconds = []
-    for args.pause_at in (1, 1, 1 + count):                 # the first warms up; the last two differ by `count` steps and nothing else
-        with contextlib.redirect_stdout(io.StringIO()), mock.patch("hfd.write_atomically"):
-            seconds.append(timed(FIT, args, stage, model, batch_loss, groups, checkpoint, photos)[1])
-    step = (seconds[2] - seconds[1]) / count
+    starts = []
+
+    def marked(*given):
+        """batch_loss, which opens every step: so from one call to the next is a step, with all that belongs to it."""
+        starts.append(hfd.clock(device))
+        return batch_loss(*given)
+
+    args.pause_at = count + 2                               # the first step warms up
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch("hfd.write_atomically"):
+        FIT(args, stage, model, marked, groups, checkpoint, photos)
+    step = float(np.median(np.diff(starts)[1:]))
     with FlopCounterMode(display=False) as counter:
         compute()
     operations, convolutions, best = counter.get_total_flops(), convolution_seconds(model, compute, autocast), matrix_rate(device)

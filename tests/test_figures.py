@@ -284,7 +284,7 @@ def test_map_is_compared_at_equal_bits(quick_results):
 def test_domains_are_compared_with_webp(quick_results):
     """Every domain gets a rate relative to WebP, or says that the two have no PSNR in common."""
     summary = quick_results["other_domains"]["summary"]
-    assert {"MRI slice", "text", "noise"} < set(summary) and summary["sea floor"]["bd_rate_percent"] > 0
+    assert {"MRI slice", "text", "noise"} < set(summary) and abs(summary["sea floor"]["bd_rate_percent"]) < 50
 
 
 def test_break_even_is_where_the_bits_are_equal():
