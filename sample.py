@@ -247,6 +247,7 @@ def progress(what, steps):
     begin = time.time()
 
     def show(step):
+        """Overwrite the line with the state after this step."""
         left = (time.time() - begin) / step * (steps - step)
         sys.stderr.write(f"\r{what} step {step:.0f}/{steps}, {left:.0f} s left " + ("\n" if step == steps else ""))
         sys.stderr.flush()
@@ -377,6 +378,7 @@ DETAIL = (325, 440, 453, 552)        # of the portrait: cloth and ribbons
 
 
 def command_line():
+    """The parser of all commands, with every default in its help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -413,6 +415,7 @@ def command_line():
 
 
 def seed_number(text):
+    """A seed as the file stores it, 32 bits; argparse's error for anything else."""
     value = int(text)
     if not 0 <= value < 2 ** 32:
         raise argparse.ArgumentTypeError("a seed is a whole number from 0 to 4294967295")
@@ -420,6 +423,7 @@ def seed_number(text):
 
 
 def main(argv=None):
+    """Run one command. argv: a list of words, or None for the shell's."""
     args = command_line().parse_args(argv)
     {"demo": run_demo, "compress": run_compress, "decompress": run_decompress, "info": run_info}[args.command](args)
 

@@ -141,12 +141,14 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
     begin, first, sums, count, images, mark = time.time(), step, {}, 0, 0, time.time()
 
     def interrupted():
+        """Whether Ctrl-C was pressed, on any of the processes."""
         asked = torch.tensor(len(stop))
         if world > 1:                                       # all processes must leave the loop at the same step
             dist.all_reduce(asked := asked.to(device))
         return bool(asked)
 
     def save():
+        """Write the checkpoint: what a user needs, and under training what --resume needs."""
         if rank == 0:
             training = {"step": step, "minutes": minutes + (time.time() - begin) / 60, "args": vars(args), "stage": stage,
                         "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
@@ -209,6 +211,7 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
 
 
 def train_autoencoder(args):
+    """Stage 1: transforms, steps and prior, all levels at once (paper, section on the autoencoder; Balle et al. 2018)."""
     device = hfd.pick_device(args.device)
     torch.manual_seed(args.seed)
     photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.seed)
@@ -219,11 +222,13 @@ def train_autoencoder(args):
         model.prior.fit_scale(model.analysis(x, torch.zeros(len(x), dtype=torch.long, device=device)))
 
     def batch_loss(model, size, batch):
+        """The mean objective over random crops, each at a random level."""
         x = photos.crops(batch, size)                                                           # (B, 3, size, size)
         q = torch.randint(levels, (batch,)).to(device)                                          # a level per picture
         return {name: value.mean() for name, value in model(x, q).items()}
 
     def checkpoint(ema, recipe):
+        """Averaged weights, with the prior frozen to integer tables."""
         return hfd.pack(ema, entropy.freeze(ema.prior, ema.log_step.exp()), None, {"autoencoder": recipe})
 
     # The linear path starts at a good place, with entries of about 0.04: it is refined, ten times more slowly.
@@ -248,6 +253,7 @@ def reconstruct(autoencoder, x, q):
 
 
 def train_diffusion(args):
+    """Stage 2: the denoiser, on pairs of crops and their reconstructions by a finished stage 1."""
     device = hfd.pick_device(args.device)
     torch.manual_seed(args.seed)
     base = hfd.load_model(args.autoencoder, device)
@@ -271,11 +277,13 @@ def train_diffusion(args):
                 model.residual_std[level] = hfd.to_planes(x - x_hat).square().mean(dim=(0, 2, 3)).sqrt()
 
     def batch_loss(model, size, batch):
+        """The mean objective over random pairs of crops, each at a random level."""
         q = torch.randint(levels, (batch,)).to(device)
         x, x_hat = pairs(batch, size, q)                                                        # (B, 3, size, size)
         return {"loss": model(x, x_hat, q)}
 
     def checkpoint(ema, recipe):
+        """Averaged weights, beside the autoencoder and tables that they belong to."""
         return hfd.pack(autoencoder, base.tables, ema, base.recipe | {"diffusion": recipe})
 
     fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos)
@@ -301,6 +309,7 @@ def export(args):
 
 
 def command_line():
+    """(parser, {stage: its own parser}), every flag with its default in the help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="stage", required=True)
     show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -335,6 +344,7 @@ def command_line():
 
 
 def main(argv=None):
+    """Run one command. argv: a list of words, or None for the shell's."""
     argv = sys.argv[1:] if argv is None else argv
     parser, stages = command_line()
     args = parser.parse_args(argv)

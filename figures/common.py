@@ -144,6 +144,7 @@ class Run:
         numbers, and metrics.realism if there are features; and one by one bpp_each, psnr_each and rgb_each, the
         decoded picture's mean colour, 0 .. 255."""
         def compute():
+            """Every picture there and back, and the scores of each variant."""
             rows, begin = {}, time.time()
             for i, image in enumerate(self.images):
                 data, variants = code(i, image)
@@ -171,6 +172,7 @@ class Run:
         settings = {"steps": sample.STEPS, "sampler": sample.SAMPLER, "eta": sample.ETA, "patch": sample.PATCH, "context": sample.CONTEXT} | settings
 
         def code(i, image):
+            """Picture i's file, and its sample under these settings."""
             data, x_hat = self.coded(level, i)
             x, seconds = timed(lambda: hfd.sample_picture(diffusion or self.model.diffusion, x_hat, level - 1, seed=self.args.seed + i, **settings))
             return data, {"HFD": (sample.to_image(x, *image.size), {"diffusion": seconds})}
@@ -179,6 +181,7 @@ class Run:
     def blurry(self, level):
         """The score of the autoencoder alone at quality `level`, kept as a point."""
         def code(i, image):
+            """Picture i's file, and the autoencoder's picture alone."""
             data, x_hat = self.coded(level, i)
             return data, {"autoencoder": (sample.to_image(x_hat, *image.size), {"decoder": 0.0})}
         return self.measure(f"autoencoder, level {level}", code)["autoencoder"]

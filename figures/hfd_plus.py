@@ -21,6 +21,7 @@ def flags(parser):
 def coded(run, level, block):
     """The `code` of common.Run.measure: compress with a map in blocks of that side, 0 for none, and decode."""
     def code(i, image):
+        """Picture i's file with such a map, decoded with all defaults."""
         data, _ = sample.compress(image, run.model, level, run.args.seed + i, block)
         decoded, report = sample.decompress(data, run.model, run.names[i])
         return data, {"HFD": (decoded, report["seconds"])}

@@ -72,6 +72,7 @@ def realism(reference, decoded):
     so the distance is much smaller than between independent sets: compare it only with others on the same pictures. (Drawing
     pictures twice adds a little distance of its own: close to zero, the interval lies above the point.)"""
     def statistic(chosen):
+        """The distance over these pictures only."""
         return frechet(*(np.concatenate([features[i] for i in chosen]) for features in (reference, decoded)))
 
     n = len(reference)
@@ -118,6 +119,7 @@ def efficientnet(device):
     net.requires_grad_(False).eval().to(device)
 
     def network(x):                                                                                 # (n, 3, 128, 128) uint8
+        """Patches (n, 3, 128, 128), uint8, to their features (n, 40)."""
         h = net._swish(net._bn0(net._conv_stem((x.float() - 127) / 128)))                           # (n, 32, 64, 64)
         for block in net._blocks[:5]:
             h = block(h)
@@ -140,6 +142,7 @@ def inception(path, device):
         raise HFDError(f"{path}: not a TorchScript file ({str(error).splitlines()[0]})") from None
 
     def extract(image):
+        """The features (N, 2048) of both grids of patches of a PIL picture."""
         x = torch.cat([patches(image, 256, 256), patches(image, 256, 256, offset=128)])             # (N, 3, 256, 256)
         return in_batches(lambda part: net(part, return_features=True).flatten(1), x, device)
 

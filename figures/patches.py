@@ -72,6 +72,7 @@ def main(argv=None):
         name = ("groups" if grouped else "together") + f", context {context}"
 
         def compute():
+            """Sample this way; compare with the whole."""
             x, seconds = common.timed(lambda: draw(patch=PATCH, context=context, grouped=grouped))
             crops[name] = x
             error = (x - whole).abs().amax(dim=1)[0] * 127.5                                        # (H, W)

@@ -27,6 +27,7 @@ def ours(run, level):
     model = run.model
 
     def code(i, image):
+        """Picture i's file, and both pictures that come from it."""
         seed = run.args.seed + i            # as if each file had been given a seed of its own
         data, report = sample.compress(image, model, level, seed)
         header = sample.parse(data, run.names[i])
@@ -47,6 +48,7 @@ def ours(run, level):
 def theirs(name, encode, setting):
     """Code with one of the codecs in codecs.py."""
     def code(i, image):
+        """Picture i's file in this codec, and what it decodes to."""
         data, encoding = common.timed(encode, image, setting)
         decoded, decoding = common.timed(codecs.decode, data)
         return data, {name: (decoded, {"encoder": encoding, "decoder": decoding})}

@@ -27,6 +27,7 @@ def flags(parser):
 def knob(run, level, draws):
     """The `code` of common.Run.measure: every rho with the first sample, and means of the first N samples."""
     def code(i, image):
+        """Picture i's file, and every mixture and mean that is measured."""
         data, x_hat = run.coded(level, i)
         samples = [hfd.sample_picture(run.model.diffusion, x_hat, level - 1, run.args.steps, sample.SAMPLER, run.args.seed + 1000 * n + i,
                                       run.args.eta) for n in range(max(draws))]

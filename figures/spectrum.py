@@ -37,6 +37,7 @@ def main(argv=None):
     level = run.args.level
 
     def compute():
+        """Mean spectra over all pictures, by name."""
         spectra = {}
         for i, image in enumerate(run.images):
             data, x_hat = run.coded(level, i)

@@ -29,6 +29,7 @@ def break_even(ours, theirs, number, model_bits, pixels):
     """For each of our points: from how many pictures on its bits, the model's share included, are fewer than the other codec needs for
     the same `number`, on the line between its points. None where it never happens, or the other codec has no such point."""
     def one(point):
+        """The number of pictures for one of our points, or None."""
         x, rates = zip(*sorted((p[number], p["bpp"]) for p in theirs))
         if not x[0] <= point[number] <= x[-1]:
             return None
