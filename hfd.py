@@ -39,7 +39,7 @@ from entropy import SCALES, FactorizedPrior, Tables
 CELL = 16   # pixels per latent sample and side. Every network's total stride divides it; pictures are padded to it.
 
 
-def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, column: True):
+def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, column: True, batch=1):
     """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
 
     Our networks are convolutions without attention and without normalisation over space. Such a network is
@@ -48,29 +48,34 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, colum
     tile of the whole picture, if context >= radius. The windows end at the picture's own edges, where
     the convolutions pad with zeros just as they would for the whole.
 
-    inputs: tensors (B, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture,
+    inputs: tensors (1, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture,
     and one of them is the picture itself, its sides multiples of CELL. tile, context: pixels, rounded up to whole cells,
     which keeps the windows aligned with the strides. chosen(row, column): whether to visit that tile, counted from 0.
+    batch: f is given up to so many windows of one size at once, as (batch, C, ., .): small tiles alone do not fill a GPU.
     """
     tile, context = max(1, -(-tile // CELL)), -(-context // CELL)                               # in cells, from here on
     rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (-2, -1))
 
     def cut(t, top, bottom, left, right):
-        """The window of t between these cells, a view."""
+        """The part of t between these cells, a view."""
         s = t.shape[-2] // rows                             # samples per cell: 16 in a picture, 1 in a latent
         return t[..., top * s:bottom * s, left * s:right * s]
 
+    by_size = {}                                            # windows of one size can be stacked
     for i in range(0, rows, tile):
         for j in range(0, cols, tile):
-            if not chosen(i // tile, j // tile):
-                continue
-            end_i, end_j = min(i + tile, rows), min(j + tile, cols)
-            top, left = max(i - context, 0), max(j - context, 0)
-            window = top, min(end_i + context, rows), left, min(end_j + context, cols)
-            s = out.shape[-2] // rows
-            result = f(*(cut(t, *window) for t in inputs))
-            cut(out, i, end_i, j, end_j).copy_(
-                result[..., (i - top) * s:(end_i - top) * s, (j - left) * s:(end_j - left) * s])
+            if chosen(i // tile, j // tile):
+                core = i, min(i + tile, rows), j, min(j + tile, cols)
+                window = max(i - context, 0), min(core[1] + context, rows), max(j - context, 0), min(core[3] + context, cols)
+                by_size.setdefault((window[1] - window[0], window[3] - window[2]), []).append((core, window))
+    s = out.shape[-2] // rows
+    for places in by_size.values():
+        for n in range(0, len(places), batch):
+            some = places[n:n + batch]
+            results = f(*(torch.cat([cut(t, *window) for _, window in some]) for t in inputs))  # (batch, C, ., .)
+            for result, (core, window) in zip(results, some):
+                top, left = core[0] - window[0], core[2] - window[2]
+                cut(out, *core).copy_(result[:, top * s:(top + core[1] - core[0]) * s, left * s:(left + core[3] - core[2]) * s])
     return out
 
 
@@ -538,7 +543,7 @@ class Diffusion(nn.Module):
 
         x, x_hat: (B, 3, H, W) in [-1, 1]; q: (B,). In the preconditioned form the error is measured in units of the closed form's
         std, so that 1 means that the network adds nothing to it, and planes count in proportion to their s: an error
-        in one where little is missing is seen little."""
+        in one where little is missing is seen little. (Then a flow differs from diffusion by its schedule alone.)"""
         B = len(x)
         # One uniform number, spread evenly over the batch: every step sees all times (Kingma et al. 2021).
         t = (torch.rand((), device=x.device) + torch.arange(B, device=x.device) / B) % 1        # (B,)
@@ -611,8 +616,11 @@ def sample(predict_x, steps, sampler, schedule, noise, on_step=lambda step: None
     return x
 
 
-def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None, energy=None, patch=256, context=32,
-                   on_step=lambda step: None, grouped=False):
+STEPS, ETA, PATCH, CONTEXT = 6, 0.08, 256, 32       # what is used unless asked otherwise, chosen by measurement (README)
+
+
+def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=ETA, energy=None, patch=PATCH, context=CONTEXT,
+                   on_step=lambda step: None, grouped=False, batch=1):
     """Sample a whole picture of any size, patch by patch, given x_hat (1, 3, H, W), sides multiples of 16.
 
     The patches move in step: each denoising step visits all of them, evaluates every one with `context` pixels around
@@ -626,21 +634,23 @@ def sample_picture(diffusion, x_hat, q, steps, sampler="ddim", seed=0, eta=None,
     denoiser's x is overwritten with what is known, so that z_t in the context is that picture at the right noise level.
     Where nothing is made yet, x_hat stands in. An approximation, for the early groups cannot know what the late ones will do.
 
-    energy: the HFD+ map at one value per CELL, (1, 1, H/16, W/16), or None. eta: None for the training schedule's.
-    Returns (1, 3, H, W) in [-1, 1]."""
+    sampler: None for what the objective asks: "dpm", or for a flow "ddim", which is Euler's step. energy: the HFD+ map at one value
+    per CELL, (1, 1, H/16, W/16), or None. eta: shift of the schedule. patch, context: pixels. batch: patches that the network is given
+    at once. Returns (1, 3, H, W) in [-1, 1]."""
+    sampler = sampler or {"v": "dpm", "flow": "ddim"}[diffusion.config.objective]
     generator = torch.Generator().manual_seed(seed)
     x, device = torch.empty_like(x_hat), x_hat.device
     level = torch.tensor([q], device=device)
     extra = [] if energy is None else [energy]
     noise = lambda: torch.randn(x_hat.shape, generator=generator).to(device)
-    schedule = lambda t: SCHEDULES[diffusion.config.objective](t, eta or diffusion.config.eta)
+    schedule = lambda t: SCHEDULES[diffusion.config.objective](t, eta)
 
     def predict_x(z, log_snr, chosen=lambda row, column: True):
         """The denoiser on the whole canvas (1, 3, H, W), patch by patch, or on the chosen patches."""
         ratio = log_snr.to(x_hat.dtype).reshape(1).to(device)
+        denoise = lambda z, x_hat, *energy: diffusion.predict_x(z, x_hat, ratio.expand(len(z)), level.expand(len(z)), *energy)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
-            return apply_tiled(lambda z, x_hat, *e: diffusion.predict_x(z, x_hat, ratio, level, *e), [z, x_hat, *extra], x,
-                               patch, context, chosen)
+            return apply_tiled(denoise, [z, x_hat, *extra], x, patch, context, chosen, batch)
 
     if not grouped:
         return sample(predict_x, steps, sampler, schedule, noise, on_step).clamp_(-1, 1)

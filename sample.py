@@ -43,7 +43,6 @@ HEADER = struct.Struct(">3sBBBHHI4s")       # without the checksum, which follow
 HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints" / "hfd.pt")
-STEPS, SAMPLER, ETA, PATCH, CONTEXT = 6, "dpm", 0.08, 256, 32       # defaults of decompress, chosen by measurement (README)
 
 # ------------------------------------------------------------------------------------------------------
 # Pictures in and out
@@ -214,12 +213,11 @@ def decode_latent(header, model, name):
     return torch.from_numpy(k)[None].to(hfd.device_of(model)), energy
 
 
-def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, seed=None, eta=ETA, patch=PATCH,
-               context=CONTEXT, on_step=lambda step: None, grouped=False):
+def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
     """Bytes of an .hfd file to (PIL RGB image, report with seconds per part).
 
     rho, the realism knob, mixes x_hat + rho (x_sample - x_hat): 0 is the autoencoder's picture, 1 the full sample. seed:
-    None for the one in the file. Others as in hfd.sample_picture."""
+    None for the one in the file. settings: as in hfd.sample_picture."""
     header, device = parse(data, name), hfd.device_of(model)
     clock = [hfd.clock(device)]
     q = header["quality"] - 1
@@ -230,7 +228,7 @@ def decompress(data, model, name="file", steps=STEPS, sampler=SAMPLER, rho=1.0, 
     if rho > 0:
         need_diffusion(model)
         seed = header["seed"] if seed is None else seed
-        x = hfd.sample_picture(model.diffusion, x_hat, q, steps, sampler, seed, eta, energy, patch, context, on_step, grouped)
+        x = hfd.sample_picture(model.diffusion, x_hat, q, seed=seed, energy=energy, **settings)
         x_hat.lerp_(x, rho)
     clock.append(hfd.clock(device))
     return to_image(x_hat, header["width"], header["height"]), {"seconds": dict(zip(
@@ -286,13 +284,13 @@ def run_compress(args):
 def run_decompress(args):
     """decompress: .hfd file to picture."""
     check_target(args.output, args.force, picture=True)
-    if not 0 <= args.rho <= 1 or args.steps < 1 or args.patch < 1 or args.context < 0 or not 0 < args.eta < math.inf:
-        raise HFDError("--rho must lie in [0, 1]; --steps and --patch be at least 1; --context at least 0; --eta a number above 0")
+    if not 0 <= args.rho <= 1 or min(args.steps, args.patch, args.batch) < 1 or args.context < 0 or not 0 < args.eta < math.inf:
+        raise HFDError("--rho must lie in [0, 1]; --steps, --patch and --batch be at least 1; --context at least 0; --eta a number above 0")
     data = read_file(args.input)
     parse(data, args.input)                     # refuse a broken file before loading a model for it
     model = hfd.load_model(args.model, hfd.pick_device(args.device))
-    image, report = decompress(data, model, args.input, args.steps, args.sampler, args.rho, args.seed, args.eta, args.patch,
-                               args.context, progress("sampling", args.steps), args.grouped)
+    settings = {name: getattr(args, name) for name in ("steps", "sampler", "eta", "patch", "context", "grouped", "batch")}
+    image, report = decompress(data, model, args.input, args.rho, args.seed, on_step=progress("sampling", args.steps), **settings)
     save_picture(image, args.output)
     print(f"{args.output}: {image.width}x{image.height} pixels. seconds: " +
           ", ".join(f"{name} {s:.2f}" for name, s in report["seconds"].items()))
@@ -356,7 +354,7 @@ def run_demo(args):
     data, report = compress(image, model, args.quality)
     hfd.write_atomically(paths[0], lambda f: f.write(data))
     blurry, _ = decompress(data, model, rho=0)
-    picture, decoding = decompress(data, model, on_step=progress("sampling", STEPS))
+    picture, decoding = decompress(data, model, on_step=progress("sampling", hfd.STEPS))
     save_picture(picture, paths[1])
     jpeg, quality = jpeg_at(image, len(data))
     opened = Image.open(io.BytesIO(jpeg)).convert("RGB")
@@ -395,13 +393,14 @@ def command_line():
     d = commands.add_parser("decompress", help=".hfd file to picture", **show)
     d.add_argument("input", help=".hfd file")
     d.add_argument("output", help="picture to write; the ending says the format, .png keeps it exact")
-    d.add_argument("--steps", type=int, default=STEPS, help="denoising steps: network evaluations per patch")
-    d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), default=SAMPLER, help="ddpm: ancestral; ddim: deterministic; dpm: second order, for few steps")
+    d.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps: network evaluations per patch")
+    d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), help="ddpm: ancestral; ddim: deterministic, for a flow model Euler's and the default; dpm: second order, else the default")
     d.add_argument("--rho", type=float, default=1.0, help="realism: 0 is the autoencoder's picture, 1 the full sample")
     d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
-    d.add_argument("--eta", type=float, default=ETA, help="shift of the noise schedule: less is less noise; the paper has 0.5")
-    d.add_argument("--patch", type=int, default=PATCH, help="pixels a side that the U-Net works on at a time")
-    d.add_argument("--context", type=int, default=CONTEXT, help="pixels around each patch that it sees; 128 is exact")
+    d.add_argument("--eta", type=float, default=hfd.ETA, help="shift of the noise schedule: less is less noise; the paper has 0.5")
+    d.add_argument("--patch", type=int, default=hfd.PATCH, help="pixels a side that the U-Net works on at a time")
+    d.add_argument("--context", type=int, default=hfd.CONTEXT, help="pixels around each patch that it sees; 128 is exact")
+    d.add_argument("--batch", type=int, default=1, help="patches at once; more of them fill a GPU, and take its memory")
     d.add_argument("--grouped", action="store_true", help="patches in four groups that take turns, as in the paper")
     for p in (c, d):
         p.add_argument("--force", action="store_true", help="overwrite the output if it exists")

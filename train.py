@@ -14,11 +14,9 @@ import fcntl
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np

@@ -27,22 +27,24 @@ from hfd import HFDError
 matplotlib.use("Agg")       # draw into files, whether there is a screen or not
 
 
-def pictures(folder=None, quick=False):
+def pictures(folder=None, quick=False, count=None):
     """[(name, PIL RGB image)]: the pictures in a folder and those below it, by name, or if None what is at hand: the portrait
-    that ships with matplotlib and three dead leaves pictures. quick: at most two, and at most 256 x 256 pixels of each.
+    that ships with matplotlib and three dead leaves pictures. quick: at most two, and at most 256 x 256 pixels of each. count: take
+    only so many, evenly spread.
     HFDError if there are none, or if one cannot be read: a mean over those that can would compare with nothing."""
     if folder is None:
         from matplotlib.cbook import get_sample_data
         with get_sample_data("grace_hopper.jpg") as f:
             found = [("grace_hopper", sample.open_picture(f)[0])]
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(20230518)   # not a seed of train.py's: these pictures must not be among those it draws
         found += [(f"dead_leaves_{i}", Image.fromarray(train.dead_leaves(256, rng))) for i in (1, 2, 3)]
     else:
         paths = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".") and
                        p.suffix.lower() in Image.registered_extensions())
         if not paths:
             raise HFDError(f"{folder}: no pictures found in it. Give --images a folder of pictures, or leave it out")
-        found = [(p.stem, sample.open_picture(p)[0]) for p in paths[:2 if quick else None]]
+        count = min(2 if quick else max(count or len(paths), 1), len(paths))
+        found = [(p.stem, sample.open_picture(p)[0]) for p in (paths[n * len(paths) // count] for n in range(count))]
     if quick:
         found = [(name, image.crop((0, 0, min(image.width, 256), min(image.height, 256)))) for name, image in found[:2]]
     return found
@@ -73,8 +75,10 @@ class Run:
         parser = argparse.ArgumentParser(prog=f"python -m figures.{name}", description=description.split("\n")[0],
                                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         parser.add_argument("--images", metavar="DIR", help="folder of pictures to measure on; without it: a portrait and dead leaves")
+        parser.add_argument("--pictures", type=int, metavar="N", help="of that folder only so many pictures, evenly spread")
         parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint")
-        parser.add_argument("--out", metavar="DIR", default="runs/figures", help=f"folder for {name}.png and {name}.json")
+        parser.add_argument("--out", metavar="DIR", default="runs/figures", help="folder for its .png and .json")
+        parser.add_argument("--name", default=name, help="what those two are called, without their endings")
         parser.add_argument("--quick", action="store_true", help="two small pictures and fewer points: does it work?")
         parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run of this command has measured")
         parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -82,10 +86,11 @@ class Run:
         parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
         add_flags(parser)
         argv = sys.argv[1:] if argv is None else argv
-        self.name, self.args = name, parser.parse_args(argv)
+        self.args = parser.parse_args(argv)
+        self.name = self.args.name
         self.device = hfd.pick_device(self.args.device)
         self.model = hfd.load_model(self.args.model, self.device)
-        self.names, self.images = zip(*pictures(self.args.images, self.args.quick))
+        self.names, self.images = zip(*pictures(self.args.images, self.args.quick, self.args.pictures))
         self.kodak = len(self.names) == 24 and all(n.startswith("kodim") for n in self.names)
         self.feature_name = self.features = None
         if self.args.inception:
@@ -100,17 +105,19 @@ class Run:
         # What the numbers depend on. An earlier run's points are taken over only if all of this was the same. Folders are the
         # reader's own business: no path is kept but for its last part.
         digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
-        files = ("images", "model", "out", "fresh", "inception", "device")
+        files = ("images", "pictures", "model", "out", "name", "fresh", "inception", "device")
+        keyed = ("levels", "refine", "most", "megapixels")      # these choose points, and each point's key says so
+        last = lambda word: [last(w) for w in word] if isinstance(word, list) else Path(word).name if isinstance(word, str) else word
         self.about = {
-            "flags": {flag: value for flag, value in vars(self.args).items() if flag not in files},
+            "flags": {flag: last(value) for flag, value in vars(self.args).items() if flag not in files + keyed},
             "hardware": hfd.hardware(self.device), "torch": str(torch.__version__), "pillow": PIL.__version__,
             "pictures": {"names": list(self.names), "sha256": digest(b"".join(image.tobytes() for image in self.images))},
             "model": {"file": Path(self.args.model).name, "autoencoder": self.model.identity.hex(), "weights": hfd.fingerprint(
                 *(module.state_dict() for module in (self.model.autoencoder, self.model.diffusion) if module)).hex()[:16]},
             "features": self.feature_name}
-        self.command = " ".join([parser.prog] + [Path(a).name if os.sep in a else a for a in argv])
+        self.command = " ".join([parser.prog] + last(argv))
         os.makedirs(self.args.out, exist_ok=True)
-        self.path, self.partial = (Path(self.args.out, name + end) for end in (".json", ".partial.json"))
+        self.path, self.partial = (Path(self.args.out, self.name + end) for end in (".json", ".partial.json"))
         self.points, self._coded = {}, {}
         for path in (self.path, self.partial):
             if path.exists() and not self.args.fresh:
@@ -167,10 +174,8 @@ class Run:
         return self._coded[level, i]
 
     def sampled(self, key, level, diffusion=None, **settings):
-        """The score of HFD at quality `level`, kept as the point `key`. settings: those of hfd.sample_picture that differ from the
-        defaults of sample.decompress. diffusion: another one than the model's."""
-        settings = {"steps": sample.STEPS, "sampler": sample.SAMPLER, "eta": sample.ETA, "patch": sample.PATCH, "context": sample.CONTEXT} | settings
-
+        """The score of HFD at quality `level`, kept as the point `key`. settings: those of hfd.sample_picture that are not to be its
+        defaults. diffusion: another one than the model's."""
         def code(i, image):
             """Picture i's file, and its sample under these settings."""
             data, x_hat = self.coded(level, i)

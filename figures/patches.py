@@ -4,9 +4,9 @@
 
 The same file, the same noise, sampled as a whole and in patches of 128 pixels: without context, with more and more of it, and in the paper's groups. At
 patch borders, the difference from the whole is shown (in steps of 1/255), and how much the picture jumps there compared with elsewhere (1 is no seam).
-Then time and memory of decoding as the picture grows, at the default patch and context.
+Then what it costs, each measured in a process of its own: time and memory as the picture grows, and as more patches are worked on at once.
 """
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,18 +18,21 @@ import torch
 import hfd
 import sample
 from figures import common
+from hfd import HFDError
 
 CONTEXTS = (0, 8, 16, 32, 64, 128)
 PATCH = 128
+BATCHES = (1, 2, 4, 8, 16)
+COST_STEPS = 2              # of the runs that measure cost; other numbers of steps take time in proportion
 WAYS = [(False, context) for context in CONTEXTS] + [(True, 32), (True, 64)]       # (grouped, context)
 
 
 def flags(parser):
     """The flags of this script alone."""
     parser.add_argument("--level", type=int, default=1, help="quality level of the model")
-    parser.add_argument("--steps", type=int, default=sample.STEPS, help="denoising steps")
-    parser.add_argument("--eta", type=float, default=sample.ETA, help="of the sampler's schedule")
-    parser.add_argument("--megapixels", type=float, nargs="+", default=[0.25, 1, 4], help="sizes to measure time and memory at")
+    parser.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps")
+    parser.add_argument("--eta", type=float, default=hfd.ETA, help="of the sampler's schedule")
+    parser.add_argument("--megapixels", type=float, nargs="+", default=[1, 4, 12, 24, 50], help="sizes to measure time and memory at")
 
 
 def jump(x):
@@ -41,20 +44,25 @@ def jump(x):
     return float(sum(ratios) / 2)
 
 
-def decoding_cost(run, megapixels):
-    """Seconds of sampling and the peak memory of a process of its own that decodes the first picture, enlarged to that size.
-
-    The operating system tells the most that any finished child has held, so sizes must be measured in rising order."""
-    image = run.images[0]
+def cost(run, megapixels, *flags):
+    """Seconds and peak memory of compressing the first picture, enlarged to that size, and of decoding it with these flags."""
+    image, result = run.images[0], {}
     scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
-    data, _ = sample.compress(image.resize((round(image.width * scale), round(image.height * scale))), run.model, run.args.level)
+    shared = ["--model", str(Path(run.args.model).resolve()), "--device", run.args.device]
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "large.hfd").write_bytes(data)
-        command = [sys.executable, str(Path(sample.__file__)), "decompress", "large.hfd", "large.png", "--model", str(Path(run.args.model).resolve()),
-                   "--steps", str(run.args.steps), "--device", run.args.device]
-        printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
-    kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return {"seconds": float(printed.split("diffusion ")[1]), "peak_memory_gib": round(kilobytes / 2 ** 20, 3)}
+        image.resize((round(image.width * scale), round(image.height * scale))).save(Path(folder, "large.png"), compress_level=1)
+        for name, words in (("compress", ["compress", "large.png", "large.hfd", "--quality", str(run.args.level)]),
+                            ("decompress", ["decompress", "large.hfd", "out.png", "--steps", str(COST_STEPS), *flags])):
+            with open(Path(folder, "printed"), "w+") as printed:
+                child = subprocess.Popen([sys.executable, sample.__file__, *words, *shared], cwd=folder, stdout=printed, stderr=subprocess.DEVNULL)
+                _, status, usage = os.wait4(child.pid, 0)               # which also tells what this one process has used
+                child.returncode = os.waitstatus_to_exitcode(status)
+                if child.returncode:
+                    raise HFDError(f"sample.py {name} failed at {megapixels:g} megapixels")
+                printed.seek(0)
+                seconds = [float(part.split()[-1]) for part in printed.read().split("seconds: ")[1].split(",")]
+            result[name] = {"seconds": round(sum(seconds), 2), "peak_memory_gib": round(usage.ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20), 3)}
+    return result
 
 
 def main(argv=None):
@@ -62,7 +70,7 @@ def main(argv=None):
     run = common.Run("patches", __doc__, argv, flags)
     args, image = run.args, run.images[0]
     _, x_hat = run.coded(args.level, 0)
-    draw = lambda **how: hfd.sample_picture(run.model.diffusion, x_hat, args.level - 1, args.steps, sample.SAMPLER, args.seed, args.eta, **how)
+    draw = lambda **how: hfd.sample_picture(run.model.diffusion, x_hat, args.level - 1, args.steps, seed=args.seed, eta=args.eta, **how)
     whole = draw(patch=max(x_hat.shape), context=0)
     border = torch.zeros(x_hat.shape[-2:], dtype=torch.bool)                                        # 8 pixels on either side
     for b in range(PATCH, max(x_hat.shape), PATCH):
@@ -80,9 +88,11 @@ def main(argv=None):
                     "jump": round(jump(x), 4), "seconds": round(seconds, 3)}
         results[name] = run.point(name, compute)
         print(f"{name:22}: worst {results[name]['worst']:7.3f} / 255, jump {results[name]['jump']:.3f} (whole: {jump(whole):.3f})")
-    cost = {mp: run.point(f"{mp:g} megapixels", lambda: decoding_cost(run, mp)) for mp in sorted(args.megapixels)[:1 if args.quick else None]}
+    sizes, batches = sorted(args.megapixels)[:1 if args.quick else None], BATCHES[:2 if args.quick else None]
+    by_size = [run.point(f"{mp:g} megapixels", lambda: cost(run, mp)) for mp in sizes]
+    by_batch = [run.point(f"batches of {n}", lambda: cost(run, sizes[0], "--patch", str(PATCH), "--batch", str(n))) for n in batches]
 
-    figure, panels = common.axes(4, width=3.6, height=3.4)
+    figure, panels = common.axes(5, width=3.6, height=3.4)
     together = [(c, results[n]) for c in CONTEXTS if (n := f"together, context {c}") in results]
     colour, marker = common.LOOK["HFD"]
     panels[0].plot([c for c, _ in together], [max(r["worst"], 1e-3) for _, r in together], color=colour, marker=marker)
@@ -100,11 +110,17 @@ def main(argv=None):
         panel.imshow(np.asarray(sample.to_image(difference / 127.5, difference.shape[-1], difference.shape[-2])))
         panel.set(title=title + "\n(difference from the whole, times 8)", xticks=[], yticks=[])
         panel.grid(False)
-    sizes = list(cost)
-    panels[3].plot(sizes, [c["seconds"] for c in cost.values()], color=colour, marker=marker, label="seconds")
-    panels[3].plot(sizes, [c["peak_memory_gib"] for c in cost.values()], color=common.LOOK["autoencoder"][0], marker="s", label="GiB, whole process")
-    panels[3].legend(frameon=False)
-    panels[3].set(xscale="log", yscale="log", title=f"Decoding, {args.steps} steps", xlabel="megapixels")
+    for panel, x, points, what in ((panels[3], sizes, by_size, ("compress", "decompress")), (panels[4], batches, by_batch, ("decompress",))):
+        for name, colour, marker in zip(what[::-1], ("HFD", "autoencoder"), "os"):
+            for number, line in (("seconds", "-"), ("peak_memory_gib", "--")):
+                panel.plot(x, [point[name][number] for point in points], color=common.LOOK[colour][0], marker=marker, linestyle=line,
+                           label=f"{name}, {'s' if number == 'seconds' else 'GiB'}")
+        panel.legend(frameon=False, fontsize=7)
+        panel.set(xscale="log", yscale="log")
+        panel.set_xticks(x, [f"{n:g}" for n in x])
+        panel.minorticks_off()
+    panels[3].set(title=f"Time and memory, {COST_STEPS} steps", xlabel="megapixels")
+    panels[4].set(title=f"{sizes[0]:g} megapixels, patches of {PATCH}", xlabel="patches in a batch")
     run.finish(figure, whole_jump=round(jump(whole), 4))
 
 

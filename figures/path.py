@@ -31,7 +31,7 @@ def main(argv=None):
     x_hat = model.autoencoder.decode(k, level)
     recorder = Recorder(model.diffusion)
     hfd.sample_picture(recorder, x_hat, level, 20, "ddim", run.args.seed, patch=max(x_hat.shape), context=0)
-    x = hfd.sample_picture(model.diffusion, x_hat, level, sample.STEPS, sample.SAMPLER, run.args.seed, sample.ETA)
+    x = hfd.sample_picture(model.diffusion, x_hat, level, seed=run.args.seed)
     picture = lambda t: np.asarray(sample.to_image(t.float().clone(), *image.size))
 
     plt.rcParams.update(common.STYLE)

@@ -37,11 +37,20 @@ def ours(run, level):
         decoded = sample.to_image(x_hat, *image.size)
         variants = {"autoencoder": (decoded, seconds, idempotence(model, k, decoded, level))}
         if model.diffusion is not None:
-            x, sampling = common.timed(hfd.sample_picture, model.diffusion, x_hat, level - 1, sample.STEPS, sample.SAMPLER, seed,
-                                       sample.ETA, energy, sample.PATCH, sample.CONTEXT)
+            x, sampling = common.timed(lambda: hfd.sample_picture(model.diffusion, x_hat, level - 1, seed=seed, energy=energy))
             decoded = sample.to_image(x, *image.size)
             variants["HFD"] = decoded, seconds | {"diffusion": sampling}, idempotence(model, k, decoded, level)
         return data, variants
+    return code
+
+
+def refined(run, level):
+    """Code with a latent refined for each picture (hfd.Autoencoder.refine), and decode with the autoencoder alone."""
+    def code(i, image):
+        """Picture i's smaller file, and the autoencoder's picture."""
+        data, report = sample.compress(image, run.model, level, refine=run.args.refine)
+        decoded, decoding = sample.decompress(data, run.model, rho=0)
+        return data, {"refined": (decoded, report["seconds"] | decoding["seconds"])}
     return code
 
 
@@ -64,6 +73,8 @@ def measure(run):
     for level in range(1, len(run.model.autoencoder.config.lambdas) + 1, 2 if run.args.quick else 1):
         for name, numbers in run.measure(f"level {level}", ours(run, level)).items():
             curves.setdefault(name, []).append((level, numbers))
+        if run.args.refine:
+            curves.setdefault("refined", []).append((level, run.measure(f"refined {run.args.refine}, level {level}", refined(run, level))["refined"]))
     return curves
 
 
@@ -73,13 +84,14 @@ def summarise(curves, kodak):
     anchors = {"WebP": (column("WebP", "bpp"), column("WebP", "psnr"))}
     if kodak:
         anchors["bmshj2018-factorized"] = tuple(zip(*codecs.PUBLISHED["bmshj2018-factorized"][1]))
-    summary = {"bd_rate_of_autoencoder_percent": {}}
-    for name, anchor in anchors.items():
-        try:
-            bd = round(metrics.bd_rate(*anchor, column("autoencoder", "bpp"), column("autoencoder", "psnr")), 2)
-        except ValueError:                  # no PSNR in common
-            bd = None
-        summary["bd_rate_of_autoencoder_percent"][name] = bd
+    summary = {}
+    for ours in ("autoencoder", "refined"):
+        for name, anchor in anchors.items() if ours in curves else ():
+            try:
+                bd = round(metrics.bd_rate(*anchor, column(ours, "bpp"), column(ours, "psnr")), 2)
+            except ValueError:              # no PSNR in common
+                bd = None
+            summary.setdefault(f"bd_rate_of_{ours}_percent", {})[name] = bd
     if "HFD" in curves:
         pairs = list(zip(curves["autoencoder"], curves["HFD"]))
         summary["psnr_drop_db"] = {level: round(a["psnr"] - b["psnr"], 3) for (level, a), (_, b) in pairs}
@@ -98,8 +110,9 @@ def report(curves, summary):
             encoding = sum(seconds for part, seconds in n["seconds"].items() if part.endswith("encoder"))
             decoding = sum(n["seconds"].values()) - encoding
             print(f"{name:12} {setting:7} {n['bpp']:7.4f} {n['psnr']:6.2f} {fd:>26} {encoding:11.3f} {decoding:9.3f}")
-    for name, bd in summary["bd_rate_of_autoencoder_percent"].items():
-        print(f"BD rate of the autoencoder against {name}: " + ("no PSNR in common" if bd is None else f"{bd:+.1f} %"))
+    for ours in ("autoencoder", "refined"):
+        for name, bd in summary.get(f"bd_rate_of_{ours}_percent", {}).items():
+            print(f"BD rate, {ours}, against {name}: " + ("no PSNR in common" if bd is None else f"{bd:+.1f} %"))
     if "HFD" not in curves:
         return print("note: this checkpoint has no diffusion model yet, so there is no curve of HFD")
     for level, drop in summary["psnr_drop_db"].items():
@@ -120,6 +133,8 @@ def draw(curves, kodak, feature_name):
     for panel, number in zip(panels, ("psnr", "fd")):
         ends, all_bpp = [], []
         for name, points in curves.items():
+            if name == "refined":           # as good as on top of the autoencoder's curve; its numbers are in the table
+                continue
             colour, marker = common.LOOK[name]
             bpp, y = ([numbers[key] for _, numbers in points] for key in ("bpp", number))
             panel.plot(bpp, y, color=colour, marker=marker, zorder=3)
@@ -152,7 +167,8 @@ def draw(curves, kodak, feature_name):
 
 def main(argv=None):
     """Measure, print, draw."""
-    run = common.Run("rate_distortion", __doc__, argv)
+    run = common.Run("rate_distortion", __doc__, argv, lambda parser: parser.add_argument(
+        "--refine", type=int, default=0, metavar="N", help="also measure files whose latent was refined in N steps (compress --refine)"))
     curves = measure(run)
     summary = summarise(curves, run.kodak)
     report(curves, summary)

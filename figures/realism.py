@@ -20,8 +20,8 @@ DRAWS = (1, 2, 4, 8)
 def flags(parser):
     """The flags of this script alone."""
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
-    parser.add_argument("--steps", type=int, default=sample.STEPS, help="denoising steps")
-    parser.add_argument("--eta", type=float, default=sample.ETA, help="of the sampler's schedule")
+    parser.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps")
+    parser.add_argument("--eta", type=float, default=hfd.ETA, help="of the sampler's schedule")
 
 
 def knob(run, level, draws):
@@ -29,8 +29,8 @@ def knob(run, level, draws):
     def code(i, image):
         """Picture i's file, and every mixture and mean that is measured."""
         data, x_hat = run.coded(level, i)
-        samples = [hfd.sample_picture(run.model.diffusion, x_hat, level - 1, run.args.steps, sample.SAMPLER, run.args.seed + 1000 * n + i,
-                                      run.args.eta) for n in range(max(draws))]
+        samples = [hfd.sample_picture(run.model.diffusion, x_hat, level - 1, run.args.steps, seed=run.args.seed + 1000 * n + i,
+                                      eta=run.args.eta) for n in range(max(draws))]
         shown = {f"rho {rho:g}": torch.lerp(x_hat, samples[0], rho) for rho in RHO}
         shown |= {f"mean of {n}": torch.stack(samples[:n]).mean(dim=0) for n in draws}
         return data, {name: (sample.to_image(x, *image.size), {"diffusion": 0.0}) for name, x in shown.items()}

@@ -41,7 +41,7 @@ def main(argv=None):
         spectra = {}
         for i, image in enumerate(run.images):
             data, x_hat = run.coded(level, i)
-            x = hfd.sample_picture(run.model.diffusion, x_hat, level - 1, sample.STEPS, sample.SAMPLER, run.args.seed + i, sample.ETA)
+            x = hfd.sample_picture(run.model.diffusion, x_hat, level - 1, seed=run.args.seed + i)
             jpeg = Image.open(io.BytesIO(sample.jpeg_at(image, len(data))[0])).convert("RGB")
             for name, picture in (("original", image), ("JPEG", jpeg), ("autoencoder", sample.to_image(x_hat, *image.size)),
                                   ("HFD", sample.to_image(x, *image.size))):

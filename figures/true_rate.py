@@ -14,7 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hfd
-import sample
 from figures import codecs, common
 from hfd import HFDError
 
@@ -43,10 +42,10 @@ def computing(run, side=512):
     autoencoder = run.model.autoencoder
     x = torch.rand(1, 3, side, side, device=run.device) * 2 - 1
     k = autoencoder.encode(x, 0)
-    draw = lambda steps, **how: hfd.sample_picture(run.model.diffusion, x, 0, steps, sample.SAMPLER, eta=sample.ETA, **how)
+    draw = lambda steps, **how: hfd.sample_picture(run.model.diffusion, x, 0, steps, **how)
     parts = {"encoder": lambda: autoencoder.encode(x, 0), "decoder": lambda: autoencoder.decode(k, 0),
              "1 step, patches of 256, no context": lambda: draw(1, context=0), "1 step, context 32": lambda: draw(1, context=32),
-             "1 step, context 128 (exact)": lambda: draw(1, context=128), f"{sample.STEPS} steps, as decompress": lambda: draw(sample.STEPS)}
+             "1 step, context 128 (exact)": lambda: draw(1, context=128), f"{hfd.STEPS} steps, as decompress": lambda: draw(hfd.STEPS)}
     result = {}
     for name, part in parts.items():
         with FlopCounterMode(display=False) as counter:

@@ -9,7 +9,8 @@ import scipy.linalg
 import torch
 from PIL import Image, features
 
-from figures import codecs, common, metrics, patches, rate_distortion, spectrum, speed, true_rate
+from figures import codecs, common, exercises, metrics, patches, rate_distortion, spectrum, speed, true_rate
+import entropy
 import hfd
 from hfd import HFDError
 
@@ -223,7 +224,7 @@ def quick_results(tiny_model, tmp_path_factory):
     results = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "efficientnet", lambda device: ("stand-in", texture))
-        for name, flags in (("eta", "--levels 1 3 --steps 2"), ("steps", "--levels 1 3 --most 16"), ("realism", "--levels 1"), ("spectrum", ""),
+        for name, flags in (("eta", "--levels 1 3 --steps 2"), ("steps", "--levels 1 3 --most 8"), ("realism", "--levels 1"), ("spectrum", ""),
                             ("patches", "--megapixels 0.1"), ("hfd_plus", "--levels 1 2"), ("other_domains", "")):
             script = importlib.import_module(f"figures.{name}")
             script.main(["--quick", "--model", tiny_model, "--out", str(out), *flags.split()])
@@ -236,15 +237,16 @@ def test_eta_is_swept_by_net_and_level(quick_results):
     """The ablation of eta has a point for every eta and level, and says which was best beside the residual's size."""
     rows = quick_results["eta"]["summary"]
     assert [row["level"] for row in rows] == [1, 3] and all(row["best_eta"]["fd"] in (0.025, 0.4, 0.9) for row in rows)
-    assert sum(key.startswith("level 1, trained at 0.1") for key in quick_results["eta"]["points"]) == 3
+    assert sum(key.startswith("level 1, tiny, sampled at eta") for key in quick_results["eta"]["points"]) == 3
 
 
 def test_one_step_is_the_same_for_every_sampler(quick_results):
     """With a single step all samplers return the denoiser's first answer, so their scores agree; with more they do not."""
     points = quick_results["steps"]["points"]
     first = {points[f"level 1, {name}, 1 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
-    later = {points[f"level 1, {name}, 16 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
+    later = {points[f"level 1, {name}, 8 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
     assert len(first) == 1 and len(later) == 3
+    assert quick_results["steps"]["fewest_steps_within_5_percent"]["1"]["ddpm"] in (1, 8)
 
 
 def test_the_knob_ends_at_the_autoencoder(quick_results):
@@ -271,7 +273,8 @@ def test_seams_are_seen(quick_results):
     assert patches.jump(ramp + ramp.transpose(2, 3)) == pytest.approx(1, abs=1e-4)
     stairs = (torch.arange(256) // patches.PATCH).float().expand(1, 3, 256, 256)
     assert patches.jump(stairs + stairs.transpose(2, 3)) == pytest.approx(255)
-    assert points["0.1 megapixels"]["peak_memory_gib"] > 0.1
+    for cost in (points["0.1 megapixels"], points["batches of 2"]):
+        assert all(cost[name]["peak_memory_gib"] > 0.1 and cost[name]["seconds"] > 0 for name in ("compress", "decompress"))
 
 
 def test_map_is_compared_at_equal_bits(quick_results):
@@ -330,6 +333,14 @@ def test_pictures_at_hand():
     assert [image.size for _, image in common.pictures(quick=True)] == [(256, 256)] * 2
 
 
+def test_pictures_are_spread_evenly(folder):
+    """Of a folder a given number of pictures is taken, spread evenly over the names, and never more than there are."""
+    for name in "abcdef":
+        Image.new("RGB", (16, 16)).save(folder / "in" / f"{name}.png")         # beside one.png and two.png
+    names = lambda **how: [name for name, _ in common.pictures(folder / "in", **how)]
+    assert names(count=4) == ["a", "c", "e", "one"] and names(quick=True) == ["a", "e"] and len(names(count=99)) == 8
+
+
 def test_empty_folder_is_refused(tmp_path):
     """A folder without pictures is an error that names it, not a mean over nothing."""
     with pytest.raises(HFDError, match=str(tmp_path)):
@@ -353,3 +364,11 @@ def test_speed_counts_every_convolution(tiny_model, tmp_path, capsys):
     model(x, torch.tensor([0]))
     assert stages["autoencoder"]["operations_per_step"] == pytest.approx(3 * sum(counts), rel=0.05)
     assert "of" in capsys.readouterr().out
+
+
+def test_exercises_have_answers(tiny_model, capsys):
+    """The answers' numbers come out of one command, in order; exact context changes no pixel, and one scale for all costs bytes."""
+    exercises.main(["--quick", "--model", tiny_model])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(".")[0] for line in lines] == list("1112344477775") + ["6", "8", "10"]
+    assert "worst pixel 0 / 255" in lines[2] and entropy.PRECISION == 24

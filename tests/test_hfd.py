@@ -156,7 +156,9 @@ def test_patchwise_sampling_is_whole_image_sampling(denoiser):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(hfd, "fast_bf16", lambda device: False)               # float64 throughout
         whole = run(patch=336)
-        assert (run(patch=64, context=128) - whole).abs().max() < 1e-5  # the network's output is float32
+        patches = run(patch=64, context=128)
+        assert (patches - whole).abs().max() < 1e-5                     # the network's output is float32
+        assert (run(patch=64, context=128, batch=4) - patches).abs().max() < 1e-5
         assert (run(patch=64, context=0) - whole).abs().max() > 1e-3
 
 
@@ -169,8 +171,8 @@ def test_groups_take_turns(denoiser):
         assert torch.allclose(run(128, grouped=True), run(128), atol=1e-6)
         visited = []
         original = hfd.apply_tiled
-        m.setattr(hfd, "apply_tiled", lambda f, i, out, tile, context, chosen: visited.append(
-            [(r, c) for r in (0, 1) for c in (0, 1) if chosen(r, c)]) or original(f, i, out, tile, context, chosen))
+        m.setattr(hfd, "apply_tiled", lambda f, i, out, tile, context, chosen, batch: visited.append(
+            [(r, c) for r in (0, 1) for c in (0, 1) if chosen(r, c)]) or original(f, i, out, tile, context, chosen, batch))
         grouped = run(64, grouped=True)
         assert visited == [[(0, 0)]] * 3 + [[(1, 1)]] * 3 + [[(0, 1)]] * 3 + [[(1, 0)]] * 3
         apart = run(64, context=0, grouped=True)
@@ -356,3 +358,13 @@ def test_ddim_is_deterministic_and_seeded(denoiser):
         drawn = []
         hfd.sample(lambda z, l: z * 0, 4, sampler, lambda t: hfd.log_snr_at(t, 0.5), lambda: drawn.append(1) or torch.zeros(4))
         assert len(drawn) == expected
+
+
+def test_the_objective_chooses_its_sampler():
+    """A flow model is sampled by Euler steps without being asked to, which are DDIM steps on its schedule; a diffusion model by the second-order solver."""
+    x_hat = torch.zeros(1, 3, 32, 32)
+    for objective, expected in (("flow", "ddim"), ("v", "dpm")):
+        torch.manual_seed(0)
+        model = perturbed(hfd.Diffusion(hfd.DiffusionConfig(widths=(8, 12, 16), objective=objective))).float()
+        run = lambda **how: hfd.sample_picture(model, x_hat, 0, 4, **how)
+        assert torch.equal(run(), run(sampler=expected)) and not torch.equal(run(sampler="dpm"), run(sampler="ddim"))

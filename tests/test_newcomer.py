@@ -134,11 +134,10 @@ def test_default_context_is_enough(shipped, portrait):
     """With the default context, no pixel of patch-wise sampling is a grey level off whole-image sampling; with none, some are by many."""
     crop = portrait.crop((0, 0, 320, 320))
     x_hat = shipped.autoencoder.decode(shipped.autoencoder.encode(sample.to_tensor(crop, "cpu"), 1), 1)
-    run = lambda patch, context: hfd.sample_picture(shipped.diffusion, x_hat, 1, sample.STEPS, sample.SAMPLER, 0, sample.ETA,
-                                                    patch=patch, context=context)
+    run = lambda patch, context: hfd.sample_picture(shipped.diffusion, x_hat, 1, patch=patch, context=context)
     whole = run(320, 0)
-    error = {context: (run(160, context) - whole).abs().max().item() * 127.5 for context in (0, sample.CONTEXT)}
-    assert error[sample.CONTEXT] < 1 and error[0] > 3
+    error = {context: (run(160, context) - whole).abs().max().item() * 127.5 for context in (0, hfd.CONTEXT)}
+    assert error[hfd.CONTEXT] < 1 and error[0] > 3
 
 
 def test_pixels_hardly_depend_on_the_machine(shipped, portrait, monkeypatch, capsys):
@@ -148,7 +147,8 @@ def test_pixels_hardly_depend_on_the_machine(shipped, portrait, monkeypatch, cap
     decode = lambda **settings: np.asarray(sample.decompress(data, shipped, **settings)[0], int)
     usual, threads = decode(), torch.get_num_threads()
     assert (decode() == usual).all()                    # the same settings: the same pixels
-    other = {"patches of 64, exact context": (decode(patch=64, context=128), decode(context=128))}
+    other = {"patches of 64, exact context": (decode(patch=64, context=128), decode(context=128)),
+             "four patches in a batch": (decode(patch=64, batch=4), decode(patch=64))}
     torch.set_num_threads(1 if threads > 1 else 2)
     other["another number of threads"] = decode(), usual
     torch.set_num_threads(threads)

@@ -85,7 +85,7 @@ def write_png(path, width, height, depth, colour, rows):
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 17), (33, 16), (16, 16), (3, 75), (100, 75)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 17), (33, 16), (16, 16), (3, 75), (100, 75), (20_000, 10)])
 def test_any_size_round_trips(size, photo, model):
     """The transform works in cells of 16x16; sizes that do not fit are continued inside, and cropped again on the way out."""
     image = photo.crop((0, 0) + size)
@@ -534,7 +534,7 @@ def test_every_ending_writes_a_picture_or_is_refused(photo, tmp_path):
 
 @pytest.mark.parametrize("command, defaults", [
     ("demo", ["demo", "2", "checkpoints"]), ("compress", ["2", "0", "checkpoints", "auto"]),
-    ("decompress", [str(sample.STEPS), sample.SAMPLER, "1.0", str(sample.PATCH), str(sample.CONTEXT), "auto"]), ("info", [])])
+    ("decompress", [str(hfd.STEPS), str(hfd.ETA), "1.0", str(hfd.PATCH), str(hfd.CONTEXT), "auto"]), ("info", [])])
 def test_help_names_the_defaults(command, defaults, capsys):
     """--help is complete: every option says what happens if it is left out."""
     with pytest.raises(SystemExit) as caught:
