@@ -616,10 +616,11 @@ def sample(predict_x, steps, sampler, schedule, noise, on_step=lambda step: None
     return x
 
 
-STEPS, ETA, PATCH, CONTEXT = 6, 0.08, 256, 32       # what is used unless asked otherwise, chosen by measurement (README)
+STEPS, PATCH, CONTEXT = 6, 256, 32          # what is used unless asked otherwise, chosen by measurement (README)
+RELATIVE_ETA = 1.5                          # likewise, in units of the residual's standard deviation
 
 
-def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=ETA, energy=None, patch=PATCH, context=CONTEXT,
+def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=None, energy=None, patch=PATCH, context=CONTEXT,
                    on_step=lambda step: None, grouped=False, batch=1):
     """Sample a whole picture of any size, patch by patch, given x_hat (1, 3, H, W), sides multiples of 16.
 
@@ -635,9 +636,11 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=E
     Where nothing is made yet, x_hat stands in. An approximation, for the early groups cannot know what the late ones will do.
 
     sampler: None for what the objective asks: "dpm", or for a flow "ddim", which is Euler's step. energy: the HFD+ map at one value
-    per CELL, (1, 1, H/16, W/16), or None. eta: shift of the schedule. patch, context: pixels. batch: patches that the network is given
+    per CELL, (1, 1, H/16, W/16), or None. eta: shift of the schedule; None for RELATIVE_ETA times
+    the residual's standard deviation at level q, so that the noise is of the size of what is missing. patch, context: pixels. batch: patches that the network is given
     at once. Returns (1, 3, H, W) in [-1, 1]."""
     sampler = sampler or {"v": "dpm", "flow": "ddim"}[diffusion.config.objective]
+    eta = eta or RELATIVE_ETA * diffusion.residual_std[q].square().mean().sqrt().item()
     generator = torch.Generator().manual_seed(seed)
     x, device = torch.empty_like(x_hat), x_hat.device
     level = torch.tensor([q], device=device)

@@ -284,7 +284,7 @@ def run_compress(args):
 def run_decompress(args):
     """decompress: .hfd file to picture."""
     check_target(args.output, args.force, picture=True)
-    if not 0 <= args.rho <= 1 or min(args.steps, args.patch, args.batch) < 1 or args.context < 0 or not 0 < args.eta < math.inf:
+    if not 0 <= args.rho <= 1 or min(args.steps, args.patch, args.batch) < 1 or args.context < 0 or args.eta is not None and not 0 < args.eta < math.inf:
         raise HFDError("--rho must lie in [0, 1]; --steps, --patch and --batch be at least 1; --context at least 0; --eta a number above 0")
     data = read_file(args.input)
     parse(data, args.input)                     # refuse a broken file before loading a model for it
@@ -397,7 +397,7 @@ def command_line():
     d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), help="ddpm: ancestral; ddim: deterministic, for a flow model Euler's and the default; dpm: second order, else the default")
     d.add_argument("--rho", type=float, default=1.0, help="realism: 0 is the autoencoder's picture, 1 the full sample")
     d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
-    d.add_argument("--eta", type=float, default=hfd.ETA, help="shift of the noise schedule: less is less noise; the paper has 0.5")
+    d.add_argument("--eta", type=float, help="shift of the noise schedule: less is less noise; the paper has 0.5, by default it follows the residual's size")
     d.add_argument("--patch", type=int, default=hfd.PATCH, help="pixels a side that the U-Net works on at a time")
     d.add_argument("--context", type=int, default=hfd.CONTEXT, help="pixels around each patch that it sees; 128 is exact")
     d.add_argument("--batch", type=int, default=1, help="patches at once; more of them fill a GPU, and take its memory")

@@ -150,7 +150,7 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
         if rank == 0:
             training = {"step": step, "minutes": minutes + (time.time() - begin) / 60, "args": vars(args), "stage": stage,
                         "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            recipe = {"command": "python train.py " + " ".join(args.command), "data": photos.description, "seed": args.seed,
+            recipe = {"command": ", then ".join(args.commands), "data": photos.description, "seed": args.seed,
                       "steps": step, "hardware": hfd.hardware(device), "minutes": round(training["minutes"], 1),
                       "torch": str(torch.__version__)}
             hfd.write_atomically(args.out, lambda f: torch.save(checkpoint(ema, recipe) | {"training": training}, f))
@@ -354,8 +354,9 @@ def main(argv=None):
             raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
         stages[args.stage].set_defaults(**{k: v for k, v in training["args"].items() if k not in ("resume", "pause_at", "out")})
         args = parser.parse_args(argv)
-    started = training["args"]["command"] if args.resume else []
-    args.command = started + [a for a in argv[bool(started):] if a != "--resume"]      # all that made it, for the recipe
+    args.commands = training["args"].get("commands", []) if args.resume else []      # all that made it, for the recipe
+    if (line := "python train.py " + " ".join(argv)) not in args.commands:
+        args.commands = args.commands + [line]
     if args.crop % hfd.CELL or args.crop <= 0 or args.batch <= 0 or args.steps <= 0:
         raise HFDError("--crop must be a multiple of 16, --batch and --steps at least 1")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def flags(parser):
     """The flags of this script alone."""
     parser.add_argument("--level", type=int, default=1, help="quality level of the model")
     parser.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps")
-    parser.add_argument("--eta", type=float, default=hfd.ETA, help="of the sampler's schedule")
+    parser.add_argument("--eta", type=float, help="of the sampler's schedule")
     parser.add_argument("--megapixels", type=float, nargs="+", default=[1, 4, 12, 24, 50], help="sizes to measure time and memory at")
 
 

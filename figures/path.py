@@ -30,7 +30,7 @@ def main(argv=None):
     k, _ = sample.decode_latent(sample.parse(data, "path"), model, "path")
     x_hat = model.autoencoder.decode(k, level)
     recorder = Recorder(model.diffusion)
-    hfd.sample_picture(recorder, x_hat, level, 20, "ddim", run.args.seed, patch=max(x_hat.shape), context=0)
+    hfd.sample_picture(recorder, x_hat, level, 20, "ddim", run.args.seed, model.diffusion.config.eta, patch=max(x_hat.shape), context=0)
     x = hfd.sample_picture(model.diffusion, x_hat, level, seed=run.args.seed)
     picture = lambda t: np.asarray(sample.to_image(t.float().clone(), *image.size))
 

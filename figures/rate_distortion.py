@@ -155,12 +155,14 @@ def draw(curves, kodak, feature_name):
         panel.set_xscale("log")
         panel.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
         panel.minorticks_off()
-        panel.set_xlim(0.036 if published else min(all_bpp) / 1.15, max(all_bpp) * 1.1)
+        panel.set_xlim(0.03 if published else min(all_bpp) / 1.15, max(all_bpp) * 1.1)
         panel.set_xlabel("bits per pixel, complete file")
         if number == "psnr":
             panel.set(title=common.TITLES[number], ylabel="PSNR (dB)")
         else:
             panel.set(title=common.TITLES[number], ylabel=f"{feature_name} (Fréchet distance)", yscale="log")
+            panel.set_yticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
+            panel.minorticks_off()
         common.label_ends(panel, ends)
     return figure
 

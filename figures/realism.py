@@ -21,7 +21,7 @@ def flags(parser):
     """The flags of this script alone."""
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
     parser.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps")
-    parser.add_argument("--eta", type=float, default=hfd.ETA, help="of the sampler's schedule")
+    parser.add_argument("--eta", type=float, help="of the sampler's schedule")
 
 
 def knob(run, level, draws):

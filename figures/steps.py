@@ -16,7 +16,7 @@ def flags(parser):
     """The flags of this script alone."""
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
     parser.add_argument("--most", type=int, default=250, help="no more steps than this")
-    parser.add_argument("--eta", type=float, default=hfd.ETA, help="of the samplers' schedule")
+    parser.add_argument("--eta", type=float, default=0.08, help="of the samplers' schedule")
     parser.add_argument("--flow", metavar="FILE", help="a checkpoint with the same autoencoder, trained with --objective flow")
 
 

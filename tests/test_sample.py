@@ -534,7 +534,7 @@ def test_every_ending_writes_a_picture_or_is_refused(photo, tmp_path):
 
 @pytest.mark.parametrize("command, defaults", [
     ("demo", ["demo", "2", "checkpoints"]), ("compress", ["2", "0", "checkpoints", "auto"]),
-    ("decompress", [str(hfd.STEPS), str(hfd.ETA), "1.0", str(hfd.PATCH), str(hfd.CONTEXT), "auto"]), ("info", [])])
+    ("decompress", [str(hfd.STEPS), "1.0", str(hfd.PATCH), str(hfd.CONTEXT), "auto"]), ("info", [])])
 def test_help_names_the_defaults(command, defaults, capsys):
     """--help is complete: every option says what happens if it is left out."""
     with pytest.raises(SystemExit) as caught:

@@ -99,6 +99,8 @@ def test_resume_is_bit_for_bit(stage, small_networks, folder, tmp_path, capsys):
     train.main([stage, "--out", halved, "--resume"])                    # no flags: the checkpoint knows them
     a, b = weights(straight), weights(halved)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    told = hfd.read_checkpoint(halved)["recipe"][stage]["command"]      # the recipe names every command that had a part in it
+    assert told.count("python train.py") == 2 and "--pause-at 6, then python train.py" in told and told.endswith("--resume")
 
 
 def test_training_learns(small_networks, tmp_path, capsys):
