@@ -616,7 +616,7 @@ def sample(predict_x, steps, sampler, schedule, noise, on_step=lambda step: None
     return x
 
 
-STEPS, PATCH, CONTEXT = 6, 256, 32          # what is used unless asked otherwise, chosen by measurement (README)
+STEPS, PATCH, CONTEXT = 6, 512, 64          # what is used unless asked otherwise, chosen by measurement (README)
 RELATIVE_ETA = 1.5                          # likewise, in units of the residual's standard deviation
 
 

@@ -273,7 +273,7 @@ def run_compress(args):
     for remark in remarks:
         print(f"note: {remark}")
     model = hfd.load_model(args.model, hfd.pick_device(args.device))
-    data, report = compress(image, model, args.quality, args.seed, 32 if args.plus else 0, args.refine,
+    data, report = compress(image, model, args.quality, args.seed, 64 if args.plus else 0, args.refine,
                             progress("refining", args.refine))
     hfd.write_atomically(args.output, lambda f: f.write(data))
     print(f"{args.output}: {len(data)} bytes for {image.width}x{image.height} pixels. bpp: {report['estimated']:.4f} estimated, "
@@ -387,7 +387,7 @@ def command_line():
     c.add_argument("output", help=".hfd file to write")
     for p in (demo, c):
         p.add_argument("--quality", type=int, default=2, metavar="Q", help="1 (smallest file) to 6 (best picture)")
-    c.add_argument("--plus", action="store_true", help="HFD+: add a map of the missing detail's energy, about 0.002 bpp")
+    c.add_argument("--plus", action="store_true", help="HFD+: add a map of the missing detail's energy, under 0.001 bpp")
     c.add_argument("--refine", type=int, default=0, metavar="N", help="search a better latent for this picture in N steps: a smaller file, slowly; 100 is a good number")
     c.add_argument("--seed", type=seed_number, default=0, help="seed of the sampler's noise, stored in the file")
     d = commands.add_parser("decompress", help=".hfd file to picture", **show)

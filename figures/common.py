@@ -237,6 +237,7 @@ def label_ends(panel, ends):
     """Name lines directly, so that no legend is needed: a column of names to the right of the panel, each led to where its line
     ends. ends: [(x, y, text, colour)], in data units. Call it last, when the limits of the axes are set."""
     gap = 0.04                                              # between names, in heights of the panel
+    panel.autoscale_view()                                  # matplotlib would leave it until it draws
     to_panel = panel.transData + panel.transAxes.inverted()
     ends = sorted((to_panel.transform((x, y))[1], x, y, text, colour) for x, y, text, colour in ends)
     height = -gap

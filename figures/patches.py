@@ -102,7 +102,7 @@ def main(argv=None):
             panels[0].annotate("groups", (int(name.split()[-1]), r["worst"]), (4, 4), textcoords="offset points", fontsize=8)
     panels[0].axhline(1, color=common.GREY, linewidth=0.7)
     panels[0].set(yscale="log", title="Worst pixel against the whole", xlabel="context (pixels)", ylabel="difference (1/255)")
-    for panel, (title, name) in zip(panels[1:3], (("no context: seams", "together, context 0"), ("the cure: context 32", "together, context 32"))):
+    for panel, (title, name) in zip(panels[1:3], (("no context: seams", "together, context 0"), ("the cure: context 64", "together, context 64"))):
         x = crops.get(name)
         if x is None:               # measured by an earlier run: draw it again
             x = draw(patch=PATCH, context=int(name.split()[-1]))

@@ -37,14 +37,14 @@ def break_even(ours, theirs, number, model_bits, pixels):
     return [one(point) for point in ours]
 
 
-def computing(run, side=512):
+def computing(run, side=1024):
     """{part: {"gmac": 10^9 multiply-adds, "seconds"}}, both per megapixel, on a square of noise."""
     autoencoder = run.model.autoencoder
     x = torch.rand(1, 3, side, side, device=run.device) * 2 - 1
     k = autoencoder.encode(x, 0)
     draw = lambda steps, **how: hfd.sample_picture(run.model.diffusion, x, 0, steps, **how)
     parts = {"encoder": lambda: autoencoder.encode(x, 0), "decoder": lambda: autoencoder.decode(k, 0),
-             "1 step, patches of 256, no context": lambda: draw(1, context=0), "1 step, context 32": lambda: draw(1, context=32),
+             "1 step, no context": lambda: draw(1, context=0), f"1 step, context {hfd.CONTEXT}": lambda: draw(1),
              "1 step, context 128 (exact)": lambda: draw(1, context=128), f"{hfd.STEPS} steps, as decompress": lambda: draw(hfd.STEPS)}
     result = {}
     for name, part in parts.items():
