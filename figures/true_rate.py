@@ -65,7 +65,7 @@ def main(argv=None):
     ours = {name: [p["variants"][name] for key, p in points.items() if key.startswith("level")] for name in ("autoencoder", "HFD")}
     summary = {}
     for codec in codecs.CODECS:
-        theirs = [p["variants"][codec] for key, p in points.items() if key.startswith(codec + " ")]
+        theirs = [p["variants"][codec] for p in points.values() if codec in p["variants"]]
         for name, number in (("autoencoder", "psnr"), ("HFD", "fd")):
             if number in ours[name][0]:
                 summary[f"{name}, equal {number}, {codec}"] = break_even(ours[name], theirs, number, model_bits, pixels)
@@ -80,7 +80,7 @@ def main(argv=None):
         panels[0].plot(N, point["bpp"] + model_bits / (N * pixels), color=colour)
         ends.append((N[-1], point["bpp"], f"HFD, level {i + 1}", colour))
     for codec in codecs.CODECS:
-        p = next(p["variants"][codec] for key, p in points.items() if key.startswith(codec + " "))
+        p = next(p["variants"][codec] for p in points.values() if codec in p["variants"])
         panels[0].axhline(p["bpp"], color=common.GREY, linestyle=":", linewidth=0.8)
         ends.append((N[-1], p["bpp"], f"{codec}, smallest measured", common.GREY))
     panels[0].set(title="Bits that include the model", xlabel="pictures that share one model", ylabel="bits per pixel", xscale="log", yscale="log")

@@ -2,6 +2,7 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,6 +295,17 @@ def test_break_even_is_where_the_bits_are_equal():
     """A model of 1000 bits that saves 0.5 bit per pixel pays on pictures of 100 pixels from the 20th on; one that saves nothing never does."""
     ours, theirs = [{"psnr": 30, "bpp": 0.5}, {"psnr": 32, "bpp": 3}, {"psnr": 50, "bpp": 4}], [{"psnr": 30, "bpp": 1}, {"psnr": 34, "bpp": 2}]
     assert true_rate.break_even(ours, theirs, "psnr", 1000, 100) == [20, None, None]
+
+
+def test_true_rate_of_the_committed_results(tiny_model, tmp_path):
+    """From the committed curves the script finds break-even numbers against every codec, and counts each part's multiply-adds."""
+    results = Path(true_rate.__file__).parent / "rate_distortion.json"
+    true_rate.main(["--quick", "--model", tiny_model, "--out", str(tmp_path), "--results", str(results)])
+    found = json.loads((tmp_path / "true_rate.json").read_text())
+    assert {name.split(", ")[-1] for name in found["break_even_pictures"]} == set(codecs.CODECS)
+    assert all(len(numbers) == 6 for numbers in found["break_even_pictures"].values())
+    cost = found["points"]["computing"]["per_megapixel"]
+    assert 0 < cost["encoder"]["gmac"] and cost["1 step, no context"]["gmac"] <= cost["1 step, context 128 (exact)"]["gmac"]
 
 
 def test_stopped_run_continues(folder, tiny_model, monkeypatch):
