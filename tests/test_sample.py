@@ -457,7 +457,7 @@ def test_compress_info_decompress(desk, tiny_model, model, data, capsys):
     assert (np.asarray(Image.open(files[2])) == decode(data, model)).all()
     sample.main(["compress", *files[:2], "--seed", "7", "--plus", "--force", "--model", tiny_model])
     sample.main(["info", files[1]])
-    assert "blocks of 32" in capsys.readouterr().out and (desk / "new.hfd").stat().st_size > len(data)
+    assert "blocks of 64" in capsys.readouterr().out and (desk / "new.hfd").stat().st_size > len(data)
     sample.main(["decompress", *files[1:], "--rho", "0", "--force", "--model", tiny_model])
     assert (np.asarray(Image.open(files[2])) == decode(data, model, rho=0)).all()
     sample.main(["compress", *files[:2], "--seed", "7", "--refine", "3", "--force", "--model", tiny_model])
