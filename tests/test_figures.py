@@ -201,7 +201,7 @@ def folder(tmp_path, photo):
 def test_rate_distortion_from_flags_to_files(realism, folder, tiny_model, monkeypatch, capsys):
     """One command leaves a picture and every number behind it, with or without features for the Frechet distance."""
     monkeypatch.setattr(metrics, "efficientnet", (lambda device: ("stand-in", texture)) if realism else no_package)
-    argv = ["--quick", "--images", str(folder / "in"), "--model", tiny_model, "--out", str(folder / "out")]
+    argv = ["--quick", "--refine", "2", "--images", str(folder / "in"), "--model", tiny_model, "--out", str(folder / "out")]
     rate_distortion.main(argv)
     text = (folder / "out" / "rate_distortion.json").read_text()
     results, points = json.loads(text), json.loads(text)["points"]
@@ -209,6 +209,7 @@ def test_rate_distortion_from_flags_to_files(realism, folder, tiny_model, monkey
     assert results["about"]["flags"]["seed"] == 0 and results["about"]["hardware"] and results["minutes"] >= 0
     assert str(folder) not in text                      # folders are the reader's own business
     assert set(points["level 1"]["variants"]) == {"autoencoder", "HFD"}
+    assert set(points["refined 2, level 1"]["variants"]) == {"refined"} and "WebP" in results["summary"]["bd_rate_of_refined_percent"]
     both = points["level 1"]["variants"]
     assert both["HFD"]["bpp"] == both["autoencoder"]["bpp"] == pytest.approx(np.mean(both["HFD"]["bpp_each"]))
     assert "diffusion" in both["HFD"]["seconds"] and "diffusion" not in both["autoencoder"]["seconds"]
