@@ -1,7 +1,7 @@
 """Bits: from the probability of a latent to the bytes of a file, and back.
 
 An image codec ends in a short lossless step. The latent y has been rounded to integers k, and they must
-become as few bytes as possible. Four ideas do it, and this file tells them in this order:
+become as few bytes as possible. Four ideas do it, told here in this order; a fifth section codes a whole latent with them:
 
 1. A *factorized prior* (Balle et al. 2018, appendix 6.1) learns, for every latent channel m, a cumulative
    distribution function c_m(y). Rounding with a step puts all of [k - 1/2, k + 1/2] * step into symbol k, so
@@ -85,10 +85,12 @@ class FactorizedPrior(nn.Module):
 # 2. Integer tables
 # ------------------------------------------------------------------------------------------------------
 
-SCALES = tuple(2 ** (i / 2) for i in range(-3, 4))         # factors by which the prior may be stretched, see `choose_scales`
+# No entry can be below 1 / TOTAL, so entries that nobody uses cost the others. With 2^16 and no flags (section 5) that would be 4 %
+# at low rates, where most channels are nearly always zero; with flags it is next to nothing at either precision.
 PRECISION = 24              # probabilities are integers out of 2^24
-TOTAL = 1 << PRECISION      # why not 2^16: no entry can be below 1/TOTAL, and at low rates most channels are
-MAX_SYMBOL = 1023           # nearly always zero, so 2^-16 for each of the others would already cost 4 %
+TOTAL = 1 << PRECISION
+MAX_SYMBOL = 1023           # larger ones always escape
+SCALES = tuple(2 ** (i / 2) for i in range(-3, 4))         # factors by which the prior may be stretched, see `choose_scales`
 
 
 @dataclass
@@ -196,14 +198,14 @@ class RangeEncoder:
                     self._carry()
                     low -= TOP
                 out.append(low >> 56)
-                low = low << 8 & MASK
+                low = (low << 8) & MASK
                 range_ <<= 8
         self.low, self.range = low, range_
 
     def encode_bits(self, value, count):
         """Code the `count` low bits of value, highest first, at one bit each."""
         half = TOTAL // 2
-        self.encode([half * (value >> i & 1) for i in reversed(range(count))], [half] * count)
+        self.encode([half * ((value >> i) & 1) for i in reversed(range(count))], [half] * count)
 
     def _carry(self):
         i = len(self.out) - 1
@@ -216,7 +218,7 @@ class RangeEncoder:
         """The bytes of the message, as few as name it: the decoder reads up to 8 zeros past the end, so the last number's
         trailing zeros are not stored, and of all numbers in the interval we take the one that ends in the most zeros."""
         for kept in range(0, 72, 8):
-            unit = 1 << 64 - kept
+            unit = 1 << (64 - kept)
             value = -(-self.low // unit) * unit                 # the first multiple of unit that is >= low
             if value < self.low + self.range:
                 break
@@ -259,7 +261,7 @@ class RangeDecoder:
             code -= unit * start
             range_ = unit * (cdf[index + 1] - start)
             while range_ < BOTTOM:
-                code = code << 8 | (data[position] if position < end else 0)
+                code = (code << 8) | (data[position] if position < end else 0)
                 position += 1
                 range_ <<= 8
             indices.append(index)
@@ -272,7 +274,7 @@ class RangeDecoder:
         """The integer that `encode_bits` was given."""
         value = 0
         for bit in self.decode([0, TOTAL // 2, TOTAL], count):
-            value = value << 1 | bit
+            value = (value << 1) | bit
         return value
 
 
@@ -291,32 +293,79 @@ def decode_gamma(coder):
         digits += 1
         if digits > 31:                                         # no real latent is that large: 2^31 steps
             raise ValueError("the range-coded data is damaged")
-    return 1 << digits - 1 | coder.decode_bits(digits - 1)
+    return (1 << (digits - 1)) | coder.decode_bits(digits - 1)
 
 
 # ------------------------------------------------------------------------------------------------------
-# 4. A whole latent
+# 4. Scales
 # ------------------------------------------------------------------------------------------------------
-
-FLAG_FROM = 4       # a channel of fewer symbols has no flag: there its cost would be noticed
-
-
 # The prior knows one distribution per channel, for all pictures and places. But what a patch of sky leaves in a channel is ten times
 # smaller than what grass leaves there, and in all channels at once. So the encoder says for each cell (a column of the latent, 16x16
 # pixels) by which of seven factors the prior is to be stretched there. This is the idea of the scale hyperprior (Balle et al. 2018) in
 # its smallest form: where that has a network infer scales from a second latent, we try all seven and keep the cheapest.
+#
+# Their map is small and smooth, as HFD+'s is. Each entry is coded given its left neighbour; at the left edge that is the one above, and
+# for the very first the middle level. Probability falls by a factor of 2^smooth with every unit of distance, down to about 2^-14: no
+# statistics to learn, no table to store.
+
+SMOOTH = 4          # of the map of scales
+
+
+def _near(levels, smooth):
+    """The cumulative tables of a map's entry, one for each value of its neighbour: lists [0, ..., TOTAL]."""
+    tables = []
+    for value in range(levels):
+        weights = [(1 << smooth * (levels - abs(level - value))) + (1 << smooth * levels >> 14) for level in range(levels)]
+        tables.append([TOTAL * sum(weights[:n]) // sum(weights) for n in range(levels + 1)])
+    return tables
+
+
+def _put_map(coder, values, levels, smooth):
+    """Code an array (h, w) of integers 0 .. levels - 1 with a RangeEncoder."""
+    tables, above = _near(levels, smooth), levels // 2
+    for row in values.tolist():
+        for neighbour, value in zip([above] + row, row):
+            cdf = tables[neighbour]
+            coder.encode([cdf[value]], [cdf[value + 1] - cdf[value]])
+        above = row[0]
+
+
+def _get_map(coder, levels, shape, smooth):
+    """The int64 array (h, w) that `_put_map` was given, from a RangeDecoder."""
+    tables, values, above = _near(levels, smooth), [], levels // 2
+    for _ in range(shape[0]):
+        left, row = above, []
+        for _ in range(shape[1]):
+            left = coder.decode(tables[left], 1)[0]
+            row.append(left)
+        values.append(row)
+        above = row[0]
+    return np.array(values, np.int64)
+
+
+def encode_map(values, levels):
+    """Code a small array (h, w) of integers 0 .. levels - 1. Returns bytes."""
+    coder = RangeEncoder()
+    _put_map(coder, np.asarray(values), levels, 1)
+    return coder.finish()
+
+
+def decode_map(data, levels, shape):
+    """The inverse of `encode_map`: bytes to an int64 array of the given shape (h, w). Raises ValueError on damage."""
+    return _get_map(RangeDecoder(data), levels, shape, 1)
 
 
 def choose_scales(k, tables, q):
-    """For each cell of the latent k (M, H, W) a scale, 0 .. S - 1, such that every row of cells costs the fewest bits, those of the map
-    included: (H, W). An entry of the map depends on its left neighbour, so what is sought is the cheapest path through a row,
-    which the Viterbi algorithm finds: for each scale of a cell, the best way there is one of the best ways to the cell before."""
+    """For each cell of the latent k (M, H, W) a scale, 0 .. S - 1: (H, W). Row after row those for which the table entries of its cells
+    and those of the map cost the fewest bits. (Flags, and what follows an escape, are not counted.) An entry of the map depends on
+    its left neighbour, so what is sought is the cheapest path through a row, which the Viterbi algorithm finds (Viterbi 1967): for
+    each scale of a cell, the best way there is one of the best ways to the cell before."""
     costs = np.zeros((len(SCALES), k[0].size))                                                  # (S, H * W)
     for m, channel in enumerate(k.reshape(len(k), -1)):                                         # (H * W,)
-        silent = not channel.any()
+        values = channel if channel.any() else channel[:1]          # a silent channel costs every cell the same
         for s in range(len(SCALES)):
             low, cdf = tables.get(q, s, m)
-            index = np.array([-low]) if silent else np.clip(channel - low, -1, len(cdf) - 2)    # -1 is the last entry, the escape
+            index = np.clip(values - low, -1, len(cdf) - 2)                                     # -1 is the last entry, the escape
             costs[s] -= np.log2(np.diff(cdf))[index]
     step = -np.log2(np.diff(_near(len(SCALES), SMOOTH)))                                        # (S, S), bits from one to the next
     scales, above = np.zeros(k.shape[1:], np.int64), len(SCALES) // 2
@@ -332,6 +381,13 @@ def choose_scales(k, tables, q):
     return scales
 
 
+# ------------------------------------------------------------------------------------------------------
+# 5. A whole latent
+# ------------------------------------------------------------------------------------------------------
+
+FLAG_FROM = 4       # a channel of fewer symbols has no flag: there its cost would be noticed
+
+
 def _zero_flag(parts):
     """The cumulative table [0, not all zero, all zero] for a channel whose cells use several tables: parts of (low, cdf, cells).
 
@@ -343,13 +399,13 @@ def _zero_flag(parts):
     integers of 62 bits, for floating-point powers differ between machines."""
     power = 1 << 62
     for low, cdf, cells in parts:
-        base, count = int(cdf[1 - low] - cdf[-low]) << 62 - PRECISION, len(cells)
+        base, count = int(cdf[1 - low] - cdf[-low]) << (62 - PRECISION), len(cells)
         while count:
             if count & 1:
-                power = power * base >> 62
-            base = base * base >> 62
+                power = (power * base) >> 62
+            base = (base * base) >> 62
             count >>= 1
-    return [0, TOTAL - min(max(power >> 62 - PRECISION, 1), TOTAL - 1), TOTAL]
+    return [0, TOTAL - min(max(power >> (62 - PRECISION), 1), TOTAL - 1), TOTAL]
 
 
 def _channels(tables, q, scales):
@@ -417,62 +473,3 @@ def decode(data, tables, q, shape):
                 values[i] = low + escape + distance - 1 if above else low - distance
             channel[cells] = values
     return k.reshape(shape)
-
-
-# ------------------------------------------------------------------------------------------------------
-# 5. Small maps
-# ------------------------------------------------------------------------------------------------------
-# The map of scales, and HFD+'s, are small and smooth: each value is coded given its left neighbour (at the left edge, the one above), with
-# probabilities that fall by 2^-smooth with every unit of distance (to no less than about 2^-14). No statistics to learn, no table to store.
-
-SMOOTH = 4          # of the map of scales
-
-
-def _near(levels, smooth):
-    """The cumulative tables of a map's entry, one for each value of its neighbour: lists [0, ..., TOTAL]."""
-    tables = []
-    for value in range(levels):
-        weights = [(1 << smooth * (levels - abs(level - value))) + (1 << smooth * levels >> 14) for level in range(levels)]
-        tables.append([TOTAL * sum(weights[:n]) // sum(weights) for n in range(levels + 1)])
-    return tables
-
-
-def _neighbours(values, levels):
-    """Pairs (neighbour's value, own value), row by row, of an array (h, w)."""
-    above = levels // 2
-    for row in values.tolist():
-        yield from zip([above] + row, row)
-        above = row[0]
-
-
-def _put_map(coder, values, levels, smooth):
-    """Code an array (h, w) of integers 0 .. levels - 1 with a RangeEncoder."""
-    tables = _near(levels, smooth)
-    for expected, value in _neighbours(values, levels):
-        cdf = tables[expected]
-        coder.encode([cdf[value]], [cdf[value + 1] - cdf[value]])
-
-
-def _get_map(coder, levels, shape, smooth):
-    """The int64 array (h, w) that `_put_map` was given, from a RangeDecoder."""
-    tables, values, above = _near(levels, smooth), [], levels // 2
-    for _ in range(shape[0]):
-        left, row = above, []
-        for _ in range(shape[1]):
-            left = coder.decode(tables[left], 1)[0]
-            row.append(left)
-        values.append(row)
-        above = row[0]
-    return np.array(values, np.int64)
-
-
-def encode_map(values, levels):
-    """Code a small array (h, w) of integers 0 .. levels - 1. Returns bytes."""
-    coder = RangeEncoder()
-    _put_map(coder, np.asarray(values), levels, 1)
-    return coder.finish()
-
-
-def decode_map(data, levels, shape):
-    """The inverse of `encode_map`: bytes to an int64 array of the given shape (h, w). Raises ValueError on damage."""
-    return _get_map(RangeDecoder(data), levels, shape, 1)

@@ -9,8 +9,8 @@ A small, complete implementation of "High-Fidelity Image Compression with Score-
    under squared error is an average over everything that the bits leave open.
 2. A conditional diffusion model, trained to sample x given x_hat. It costs no bits at all.
 
-The file goes in that order: working in tiles, the autoencoder, the noise schedule, the U-Net, the loss,
-the samplers. Symbols are the paper's: x image, y latent, x_hat reconstruction, t in [0, 1] time, z_t noisy
+The file goes in that order: the autoencoder, the noise schedule, the denoiser and its loss, the samplers, pictures of
+any size; housekeeping comes last. Symbols are the paper's: x image, y latent, x_hat reconstruction, t in [0, 1] time, z_t noisy
 image, eps noise, v velocity, alpha_t and sigma_t the scales of signal and noise, log_snr their log ratio.
 Pictures are float tensors (B, 3, H, W), RGB, in [-1, 1].
 """
@@ -33,55 +33,11 @@ from torch import nn
 from entropy import SCALES, FactorizedPrior, Tables
 
 # ------------------------------------------------------------------------------------------------------
-# Working in tiles
+# Stage 1: the autoencoder
 # ------------------------------------------------------------------------------------------------------
 
 CELL = 16   # pixels per latent sample and side. Every network's total stride divides it; pictures are padded to it.
 
-
-def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, column: True, batch=1):
-    """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
-
-    Our networks are convolutions without attention and without normalisation over space. Such a network is
-    a local rule: an output pixel depends on inputs at most one *receptive field radius* away. So a tile
-    evaluated together with `context` pixels around it is, once the context is cropped off again, exactly the
-    tile of the whole picture, if context >= radius. The windows end at the picture's own edges, where
-    the convolutions pad with zeros just as they would for the whole.
-
-    inputs: tensors (1, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture,
-    and one of them is the picture itself, its sides multiples of CELL. tile, context: pixels, rounded up to whole cells,
-    which keeps the windows aligned with the strides. chosen(row, column): whether to visit that tile, counted from 0.
-    batch: f is given up to so many windows of one size at once, as (batch, C, ., .): small tiles alone do not fill a GPU.
-    """
-    tile, context = max(1, -(-tile // CELL)), -(-context // CELL)                               # in cells, from here on
-    rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (-2, -1))
-
-    def cut(t, top, bottom, left, right):
-        """The part of t between these cells, a view."""
-        s = t.shape[-2] // rows                             # samples per cell: 16 in a picture, 1 in a latent
-        return t[..., top * s:bottom * s, left * s:right * s]
-
-    by_size = {}                                            # windows of one size can be stacked
-    for i in range(0, rows, tile):
-        for j in range(0, cols, tile):
-            if chosen(i // tile, j // tile):
-                core = i, min(i + tile, rows), j, min(j + tile, cols)
-                window = max(i - context, 0), min(core[1] + context, rows), max(j - context, 0), min(core[3] + context, cols)
-                by_size.setdefault((window[1] - window[0], window[3] - window[2]), []).append((core, window))
-    s = out.shape[-2] // rows
-    for places in by_size.values():
-        for n in range(0, len(places), batch):
-            some = places[n:n + batch]
-            results = f(*(torch.cat([cut(t, *window) for _, window in some]) for t in inputs))  # (batch, C, ., .)
-            for result, (core, window) in zip(results, some):
-                top, left = core[0] - window[0], core[2] - window[2]
-                cut(out, *core).copy_(result[:, top * s:(top + core[1] - core[0]) * s, left * s:(left + core[3] - core[2]) * s])
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------
-# Stage 1: the autoencoder
-# ------------------------------------------------------------------------------------------------------
 
 @dataclass
 class AutoencoderConfig:
@@ -93,7 +49,7 @@ class AutoencoderConfig:
     blocks: tuple = (0, 1, 2, 2)
 
 
-# An orthonormal rotation of (R, G, B): grey, red - blue, green - magenta. Nearly all of a photograph is in the first.
+# An orthonormal rotation of (R, G, B): grey, red - blue, magenta - green. Nearly all of a photograph is in the first.
 COLOUR = F.normalize(torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64))
 
 
@@ -106,7 +62,7 @@ def transform_basis(count):
 
     Blocks show their edges at low rates, so JPEG's blocks are replaced by functions twice as wide that overlap
     by half and still form an orthonormal basis: the lapped orthogonal transform (Malvar & Staelin 1989). Its recipe: the even
-    and odd cosines of a block, subtracted, vanish at one end, so that together with their mirror image in the
+    and odd cosines of a block, subtracted, nearly vanish at one end, so that together with their mirror image in the
     neighbouring block they fade in and out; then one more rotation packs the energy.
 
     Energy of what? Neighbouring pixels of a photograph have a correlation of about 0.95, so model a row of
@@ -144,21 +100,22 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(h))
 
 
-class Transform(nn.Module):
-    """A linear path plus a deep one. `Analysis` and `Synthesis` differ in the direction only.
+# Both transforms are a linear path plus a deep one. The linear path is one convolution and starts as a transform codec that works.
+# The deep path has four stride-2 stages of residual blocks, like the transforms of ELIC (He et al. 2022); its last layer starts at
+# zero, so that all it ever does is improve on the linear one.
 
-    The linear path is one convolution and starts as a transform codec that works. The deep path has four stride-2 stages of
-    residual blocks, like the transforms of ELIC (He et al. 2022); its last layer starts at zero, so that all it
-    ever does is improve on the linear one."""
 
-    def run(self, layers, h, q):
-        """Apply the deep path; only its residual blocks are told the level q, (B,)."""
-        for layer in layers:
+class DeepPath(nn.ModuleList):
+    """Layers one after the other, of which only the residual blocks are told the level q, (B,)."""
+
+    def forward(self, h, q):
+        """h: (B, C, h, w), as the first layer takes it. Returns what the last layer makes of it."""
+        for layer in self:
             h = layer(h, q) if isinstance(layer, ResidualBlock) else layer(h)
         return h
 
 
-class Analysis(Transform):
+class Analysis(nn.Module):
     """Picture (B, 3, H, W) to latent y (B, M, H/16, W/16). Strides come from `PixelUnshuffle`: each 2x2 square of
     pixels becomes one pixel of four times the channels, so that no convolution runs at full resolution."""
 
@@ -178,21 +135,22 @@ class Analysis(Transform):
         layers += [nn.ReLU(), nn.Conv2d(width, config.latents, 1)]
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)
-        self.deep = nn.ModuleList(layers)
+        self.deep = DeepPath(layers)
 
     def forward(self, x, q):
         """x: (B, 3, H, W) in [-1, 1], sides multiples of 16; q: (B,) levels. Returns y in float32."""
         x = x.contiguous(memory_format=torch.channels_last)                                     # (B, 3, H, W)
-        return self.linear(x).float() + self.run(self.deep, x, q).float()                       # (B, M, H/16, W/16)
+        return self.linear(x).float() + self.deep(x, q).float()                       # (B, M, H/16, W/16)
 
 
-class Synthesis(Transform):
+class Synthesis(nn.Module):
     """Latent y_hat (B, M, h, w) to reconstruction x_hat (B, 3, 16 h, 16 w). The transpose of an orthonormal
     matrix is its inverse, so the linear path starts from the same basis."""
 
     def __init__(self, config, basis):
         super().__init__()
         conv = nn.Conv2d(config.latents, 3 * CELL ** 2, 2, padding=1)
+        # Transposing a convolution exchanges its channels and turns its kernel around.
         conv.weight.data.copy_(F.pixel_unshuffle(basis, CELL).transpose(0, 1).flip(2, 3))
         nn.init.zeros_(conv.bias)
         self.linear = nn.Sequential(conv, nn.PixelShuffle(CELL), nn.ZeroPad2d(-CELL // 2))
@@ -204,12 +162,12 @@ class Synthesis(Transform):
             width = w
         nn.init.zeros_(layers[-2].weight)
         nn.init.zeros_(layers[-2].bias)
-        self.deep = nn.ModuleList(layers)
+        self.deep = DeepPath(layers)
 
     def forward(self, y, q):
         """y: (B, M, h, w), dequantized; q: (B,) levels. Returns x_hat in float32, not yet clamped to [-1, 1]."""
         y = y.contiguous(memory_format=torch.channels_last)                                     # (B, M, h, w)
-        return self.linear(y).float() + self.run(self.deep, y, q).float()                       # (B, 3, 16 h, 16 w)
+        return self.linear(y).float() + self.deep(y, q).float()                       # (B, 3, 16 h, 16 w)
 
 
 class Autoencoder(nn.Module):
@@ -229,27 +187,32 @@ class Autoencoder(nn.Module):
         self.prior = FactorizedPrior(config.latents)
         # Which steps to start from: at high rate, a coefficient quantized with step d costs h - log2 d bits and has
         # the squared error d^2 / 12. Setting the derivative of rate + price * error to zero: d^2 = 6 / (price ln 2).
-        # The transform is orthonormal, so that errors in y are errors in x; `price` is lambda in units of a [-1, 1] channel.
+        # The transform is orthonormal, so that errors in y are errors in x. `price` is lambda for the squared error of one
+        # coefficient: x is in units of 127.5, and MSE averages over three channels.
         price = torch.tensor(config.lambdas) * 127.5 ** 2 / 3
         self.log_step = nn.Parameter((0.5 * torch.log(6 / (price * math.log(2))))[:, None].repeat(1, config.latents))
         self.offset = nn.Parameter(torch.zeros(len(config.lambdas), config.latents))            # see dequantize
 
+    def step(self, q):
+        """The quantization steps of levels q (B,): (B, M, 1, 1)."""
+        return self.log_step[q].exp()[:, :, None, None]
+
     def dequantize(self, k, q):
         """Integers k (B, M, h, w) at levels q (B,) to y_hat. Not to the middle of each bin: small values are more probable than large
         ones, so what fell into a bin lies on the side of zero more often than not. How far to move there is learned."""
-        step, offset = self.log_step[q].exp()[:, :, None, None], self.offset[q][:, :, None, None]    # (B, M, 1, 1)
-        return step * (k - offset * k.clamp(-1, 1))                                             # (B, M, h, w)
+        # On integers clamp(-1, 1) is the sign; `refine` has numbers in between, where it is continuous.
+        return self.step(q) * (k - self.offset[q][:, :, None, None] * k.clamp(-1, 1))           # (B, M, h, w)
 
     def forward(self, x, q):
         """The training objective. x: (B, 3, H, W) in [-1, 1], H and W multiples of 16; q: (B,) levels.
 
         Returns a dict of (B,) tensors: `loss`, `bpp` (estimated bits per pixel), `mse` (per channel, on the scale 0..255).
         """
-        u = self.analysis(x, q) / self.log_step[q].exp()[:, :, None, None]                      # (B, M, h, w)
+        u = self.analysis(x, q) / self.step(q)                                                  # (B, M, h, w)
         # Rounding has no gradient. For the rate, uniform noise as wide as a step stands in for it (Balle et al. 2017):
-        # the noisy latent's density is the bin probability that the coder will see, smoothed. But the decoder must see what
-        # it will see in earnest, truly rounded values; there the gradient passes straight through to u. So the step
-        # is pushed by both: the rate wants it wide, the error wants it narrow.
+        # the noisy latent's density is, at every integer, exactly that bin's probability, and smooth in between. But the decoder
+        # must see what it will see in earnest, truly rounded values; there the gradient passes straight through to u. So the
+        # step is pushed by both: the rate wants it wide, the error wants it narrow.
         bpp, mse = self.cost(u + torch.rand_like(u) - 0.5, u + (u.round() - u).detach(), x, q)  # (B,) each
         lambdas = torch.tensor(self.config.lambdas, device=x.device)
         # Levels cost from 0.1 to 1 bit per pixel. Dividing by sqrt(lambda) lets a per cent weigh about the same at each.
@@ -259,13 +222,14 @@ class Autoencoder(nn.Module):
     def cost(self, for_rate, for_decoder, x, q):
         """(bpp, mse), (B,) each, of pictures x at levels q. Two stand-ins for the integer latent, (B, M, h, w), in units of steps.
         (The map of scales, a few thousandths of a bit per pixel, is not counted.)"""
-        step = self.log_step[q].exp()[:, :, None, None]                                         # (B, M, 1, 1)
+        step = self.step(q)                                                                     # (B, M, 1, 1)
         with torch.no_grad():       # each cell's prior is stretched as is best for it, see entropy.choose_scales
-            bits = torch.stack([self.prior.bits(for_decoder * step / s, step / s).sum(dim=1, keepdim=True) for s in SCALES])
+            bits = torch.stack([self.prior.bits(for_decoder * step / s, step / s).sum(dim=1, keepdim=True)
+                                for s in SCALES])                                               # (S, B, 1, h, w)
             scale = torch.tensor(SCALES, device=x.device)[bits.argmin(dim=0)]                   # (B, 1, h, w)
-        bpp = self.prior.bits(for_rate * step / scale, step / scale).sum(dim=(1, 2, 3)) / (x.shape[-2] * x.shape[-1])
+        bits = self.prior.bits(for_rate * step / scale, step / scale).sum(dim=(1, 2, 3))        # (B,)
         x_hat = self.synthesis(self.dequantize(for_decoder, q), q)                              # (B, 3, H, W)
-        return bpp, (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2
+        return bits / (x.shape[-2] * x.shape[-1]), (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2
 
     def refine(self, x, q, steps, on_step=lambda step: None):
         """Better latents for these very pictures, in units of steps, (B, M, h, w). The decoder need not know.
@@ -274,16 +238,17 @@ class Autoencoder(nn.Module):
         bits that it left lying (Campos et al. 2019). The difficulty is rounding. Stochastic Gumbel annealing (Yang, Bamler & Mandt 2020) draws
         each value to the integer below or the one above, softly at first and harder and harder, near ones more often: what is
         learned early survives the rounding at the end. The draws are seeded, so the same picture gives the same bytes."""
-        u = (self.analysis(x, q) / self.log_step[q].exp()[:, :, None, None]).requires_grad_()   # (B, M, h, w)
+        u = (self.analysis(x, q) / self.step(q)).requires_grad_()                               # (B, M, h, w)
         optimizer = torch.optim.Adam([u], lr=0.01)
         lambdas = torch.tensor(self.config.lambdas, device=x.device)
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)
             for i in range(steps):
+                # The odds of either neighbour: exp(-atanh(distance to it) / temperature), which falls from 0.5 to 0.025.
                 temperature = 0.5 * math.exp(-3 * i / steps)
-                above = (u - u.floor()).clamp(1e-4, 1 - 1e-4)
-                logits = torch.stack([-torch.atanh(above), -torch.atanh(1 - above)]) / temperature      # (2, B, M, h, w)
-                soft = u.floor() + F.gumbel_softmax(logits, temperature, dim=0)[1]
+                down = (u - u.floor()).clamp(1e-4, 1 - 1e-4)                                    # (B, M, h, w), in (0, 1)
+                logits = torch.stack([-torch.atanh(down), -torch.atanh(1 - down)]) / temperature        # (2, B, M, h, w)
+                soft = u.floor() + F.gumbel_softmax(logits, temperature, dim=0)[1]              # (B, M, h, w)
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bf16(x.device)):
                     bpp, mse = self.cost(soft, soft, x, q)
                 optimizer.zero_grad()
@@ -300,14 +265,13 @@ class Autoencoder(nn.Module):
         may cost a few bits, but nothing goes wrong, for the decoder sees one latent. on_step is told how many of these steps are done."""
         u = x.new_empty(1, self.config.latents, x.shape[-2] // CELL, x.shape[-1] // CELL)
         level = torch.tensor([q], device=x.device)
-        step = self.log_step[q].exp()[:, None, None]                                            # (M, 1, 1)
         if refine:
-            side, done = 512, itertools.count(1)
-            tiles = math.prod(-(-s // side) for s in x.shape[-2:])
-            show = lambda step: on_step(next(done) / tiles)
-            apply_tiled(lambda window: self.refine(window, level, refine, show), [x], u, side, 64)
+            side, done = 512, itertools.count(1)            # steps done, of all tiles together
+            tiles = math.prod(math.ceil(s / side) for s in x.shape[-2:])
+            report = lambda step: on_step(next(done) / tiles)
+            apply_tiled(lambda window: self.refine(window, level, refine, report), [x], u, side, 64)
         else:
-            apply_tiled(lambda window: self.analysis(window, level) / step, [x], u, tile)
+            apply_tiled(lambda window: self.analysis(window, level) / self.step(level), [x], u, tile)
         return u.round().int()
 
     @torch.no_grad()
@@ -330,19 +294,32 @@ class Autoencoder(nn.Module):
 # from very clean (t = 0) to pure noise (t = 1). Which t sees which ratio is the *schedule*.
 
 
+def alpha_sigma(log_snr):
+    """(alpha, sigma) of a log signal-to-noise ratio: alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr)."""
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+def shifted(noise, signal, eta):
+    """The log SNR of noise and signal in these proportions, with a factor eta on the noise: -2 log(eta * noise / signal), within +-15."""
+    return (-2 * (math.log(eta) + torch.log(noise.clamp_min(1e-9)) - torch.log(signal.clamp_min(1e-9)))).clamp(-15, 15)
+
+
+def as_time(t):
+    """t as a tensor: a plain number becomes one of float64."""
+    return t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)
+
+
 def log_snr_at(t, eta):
     """The shifted cosine schedule: log_snr(t; eta) = -2 log(eta * tan(pi t / 2)), clamped to +-15 at the ends.
 
-    eta = 1 is the cosine schedule (Nichol & Dhariwal 2021; in this form Kingma et al. 2021). A factor eta on sigma / alpha
-    moves all of it by -2 log eta. HFD (paper, section on the noise schedule) uses eta = 0.5, *less* noise: x_hat already
-    holds the global structure, and what is left to decide is fine detail, which little noise is enough to hide. (Text to image
-    shifts the other way, Hoogeboom et al. 2023: there the structure must be invented too.)
+    eta = 1 is the cosine schedule (Nichol & Dhariwal 2021, without their offset; as a log SNR in Hoogeboom et al. 2023). A factor eta
+    on sigma / alpha moves all of it by -2 log eta. HFD (paper, section on the noise schedule) uses eta = 0.5, *less* noise: x_hat
+    already holds the global structure, and what is left to decide is fine detail, which little noise is enough to hide. (Text to
+    image shifts the other way, Hoogeboom et al. 2023: there the structure must be invented too.)
 
     t: float or tensor in [0, 1]. Returns a tensor of its shape."""
-    t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
-    # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): both stay positive up to the ends, in any precision.
-    log_tan = [torch.log(torch.sin(math.pi / 2 * u).clamp_min(1e-9)) for u in (t, 1 - t)]
-    return (-2 * (math.log(eta) + log_tan[0] - log_tan[1])).clamp(-15, 15)
+    t = as_time(t)      # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): both stay positive up to the ends
+    return shifted(torch.sin(math.pi / 2 * t), torch.sin(math.pi / 2 * (1 - t)), eta)
 
 
 def flow_log_snr_at(t, eta):
@@ -351,20 +328,16 @@ def flow_log_snr_at(t, eta):
 
     That is all that sets it apart. A picture z' on the line is a scaled z of equal SNR. The network's target eps - x is a
     mixture of z and v: eps - x = (sigma - alpha) z + (alpha + sigma) v, so its squared error is (alpha + sigma)^2 times that of v.
-    And an Euler step along the line is a DDIM step in other coordinates. So flow is v-prediction with another
-    schedule and another weight, and needs no code of its own beyond these (Kingma & Gao 2023). The tests show each of the three.
+    And an Euler step along the line is a DDIM step in other coordinates. So flow is v-prediction with another schedule and, where
+    nothing else weighs the loss, the weight (alpha + sigma)^2; it needs no code of its own beyond these (Kingma & Gao 2023). The tests
+    show each of the three.
 
     t, returns: as log_snr_at."""
-    t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float64)
-    return (-2 * (math.log(eta) + torch.log(t.clamp_min(1e-9)) - torch.log((1 - t).clamp_min(1e-9)))).clamp(-15, 15)
+    t = as_time(t)
+    return shifted(t, 1 - t, eta)
 
 
 SCHEDULES = {"v": log_snr_at, "flow": flow_log_snr_at}
-
-
-def alpha_sigma(log_snr):
-    """(alpha, sigma) of a log signal-to-noise ratio: alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr)."""
-    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -385,7 +358,7 @@ class ChannelNorm(nn.Module):
 
 class UNetBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut. The conditioning sets a scale and a shift per channel in between (FiLM,
-    Perez et al. 2018); the second convolution starts at zero, so that the block starts as the identity."""
+    Perez et al. 2018); the second convolution's weights start at zero, so that the block starts as the identity but for a constant."""
 
     def __init__(self, width, conditioning):
         super().__init__()
@@ -399,7 +372,7 @@ class UNetBlock(nn.Module):
         """x: (B, C, h, w); c: (B, conditioning). Returns the shape of x."""
         scale, shift = self.film(c)[:, :, None, None].chunk(2, dim=1)                           # (B, C, 1, 1) each
         h = self.conv1(F.silu(self.norm(x)))                                                    # (B, C, h, w)
-        h = self.norm(h) * (1 + scale) + shift
+        h = self.norm(h) * (1 + scale) + shift                                                  # (B, C, h, w)
         return x + self.conv2(F.silu(h))
 
 
@@ -425,7 +398,7 @@ class UNet(nn.Module):
 
     def forward(self, x, log_snr, q):
         """x: (B, inputs, h, w), sides multiples of 4; log_snr: (B,); q: (B,) levels. Returns (B, outputs, h, w)."""
-        # Sines and cosines of log_snr, from slow to fast, let a small network tell nearby noise levels apart.
+        # Sines and cosines of log_snr, from slow to fast, let a small network tell nearby noise levels apart (Vaswani et al. 2017).
         angles = log_snr[:, None] * torch.logspace(-1.5, 0.5, 32, device=x.device)              # (B, 32)
         c = F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.level(q))  # (B, conditioning)
         h, shortcuts = self.stem(x.contiguous(memory_format=torch.channels_last)), []           # (B, C0, h, w)
@@ -434,10 +407,10 @@ class UNet(nn.Module):
                 h = block(h, c)                                                                 # (B, Ci, h/2^i, w/2^i)
             if i < len(self.shrink):
                 shortcuts.append(h)
-                h = self.shrink[i](h)
+                h = self.shrink[i](h)                                                           # (B, Ci+1, h/2^i+1, w/2^i+1)
         for i in reversed(range(len(self.up))):
             if i < len(self.grow):
-                h = self.grow[i](h) + shortcuts.pop()
+                h = self.grow[i](h) + shortcuts.pop()                                           # (B, Ci, h/2^i, w/2^i)
             for block in self.up[i]:
                 h = block(h, c)
         return self.head(h).float()                                                             # (B, outputs, h, w)
@@ -449,7 +422,7 @@ PLANES = torch.kron(COLOUR, torch.kron(HAAR, HAAR))         # (12, 12), orthonor
 
 def to_planes(x):
     """Pictures (B, 3, H, W) to 12 planes each, (B, 12, H/2, W/2): every 2x2 square of pixels in an orthonormal basis, three colour axes
-    (grey, red - blue, green - magenta) times the four Haar functions (mean, horizontal, vertical, diagonal).
+    (grey, red - blue, magenta - green) times the four Haar functions (mean, horizontal, vertical, diagonal).
 
     The denoiser works in these planes: no convolution then runs at full resolution, and what autoencoders lose differs much
     more between the planes than between pixels. White noise stays white noise under a rotation, so diffusion does not notice."""
@@ -473,7 +446,7 @@ def residual_energy(x, x_hat, std, block):
     Returns (B, 1, ceil(H / block), ceil(W / block)) integers 0..7: 4 + log2(mean square residual / std^2), rounded."""
     energy = (x - x_hat).square().mean(dim=1, keepdim=True)                                     # (B, 1, H, W)
     energy = F.avg_pool2d(energy, block, ceil_mode=True)                                        # (B, 1, H/block, W/block)
-    ratio = energy / std.square().mean(dim=1)[:, None, None, None]
+    ratio = energy / std.square().mean(dim=1)[:, None, None, None]                              # (B, 1, H/block, W/block)
     return (4 + torch.log2(ratio + 1e-9)).round().clamp(0, ENERGY_LEVELS - 1)
 
 
@@ -493,8 +466,8 @@ class Diffusion(nn.Module):
     """The conditional denoiser: what it predicts, how it is trained, how it is asked.
 
     It predicts the velocity v = alpha eps - sigma x (Salimans & Ho 2022), from which both follow:
-    x = alpha z - sigma v and eps = sigma z + alpha v. Predicting x is hopeless without noise, predicting eps without
-    signal; v is well defined at both ends.
+    x = alpha z - sigma v and eps = sigma z + alpha v. A network that predicts eps has its error in x multiplied by sigma / alpha, one
+    that predicts x has its error in eps multiplied by alpha / sigma: each explodes at one end of time. With v neither does.
     """
 
     def __init__(self, config):
@@ -522,11 +495,11 @@ class Diffusion(nn.Module):
         resolution, or None. Where it is negative, that picture has none."""
         if energy is None:
             energy = z.new_full((len(z), 1, 1, 1), -1)
-        there = (energy >= 0).to(z.dtype)
+        there = (energy >= 0).to(z.dtype)                                                       # (B, 1, ., .)
         hints = F.interpolate(torch.cat([(energy - 4) / 4 * there, there], dim=1), size=z.shape[2:], mode="nearest")  # (B, 2, h, w)
         if not self.config.preconditioned:
             return self.net(torch.cat([z, x_hat, hints], dim=1), log_snr, q)
-        mean, std, whitened = self.split(z, x_hat, log_snr, q)
+        mean, std, whitened = self.split(z, x_hat, log_snr, q)                                  # (B, 12, h, w) each
         # In truth s is not the same everywhere: large in grass, next to nothing in the sky. Were it known for each pixel, E[v | z]
         # would still be linear in d, only with another slope. So the network gives two numbers for each: a gain that corrects the
         # slope, which in the sky takes all noise out again, and a shift for what a slope cannot say.
@@ -559,7 +532,7 @@ class Diffusion(nn.Module):
         weight = 1.0
         if self.config.preconditioned:
             s = self.residual_std[q][:, :, None, None]                                          # (B, 12, 1, 1)
-            weight = s / s.mean(dim=1, keepdim=True) / self.split(z, x_hat, log_snr, q)[1] ** 2
+            weight = s / s.mean(dim=1, keepdim=True) / self.split(z, x_hat, log_snr, q)[1] ** 2         # (B, 12, 1, 1)
         elif self.config.objective == "flow":
             weight = (alpha + sigma) ** 2                           # see flow_log_snr_at
         return (weight * (self.velocity(z, x_hat, log_snr, q, energy) - v).square()).mean()
@@ -597,26 +570,71 @@ def sample(predict_x, steps, sampler, schedule, noise, on_step=lambda step: None
 
     predict_x(z, log_snr): the denoiser; log_snr is a float64 scalar tensor. sampler: "ddpm", "ddim" or "dpm". schedule(t): log_snr.
     noise(): a fresh standard normal tensor. The last step returns the denoiser's x itself."""
-    z, previous = noise(), None
+    z, x_before, log_snr_before = noise(), None, None
     for i in range(steps):
-        log_snr_t, log_snr_s = (schedule(1 - j / steps) for j in (i, i + 1))
+        log_snr_t, log_snr_s = schedule(1 - i / steps), schedule(1 - (i + 1) / steps)
         x = predict_x(z, log_snr_t)
         on_step(i + 1)
-        if i + 1 < steps:
-            better = x
-            if sampler == "dpm":
-                # DPM-Solver++(2M) (Lu et al. 2022): DDIM treats x as constant during a step, though the denoiser's x moves
-                # with the noise. So continue the line through its last two values to the middle of this step, on the
-                # log_snr axis: second order, at the price of remembering one picture.
-                if previous is not None:
-                    ratio = (log_snr_s - log_snr_t) / (log_snr_t - log_snr_before)
-                    better = torch.lerp(x, previous, float(-ratio / 2))
-                previous, log_snr_before = x.clone(), log_snr_t
-            z = SAMPLERS[sampler](z, better, log_snr_t, log_snr_s, noise)
-    return x
+        if i + 1 == steps:
+            return x
+        target = x
+        if sampler == "dpm":
+            # DPM-Solver++(2M) (Lu et al. 2022): DDIM treats x as constant during a step, though the denoiser's x moves
+            # with the noise. So continue the line through its last two values to the middle of this step, on the
+            # log_snr axis: second order, at the price of remembering one picture.
+            if x_before is not None:
+                ratio = (log_snr_s - log_snr_t) / (log_snr_t - log_snr_before)
+                target = torch.lerp(x, x_before, float(-ratio / 2))                             # x + ratio / 2 (x - x_before)
+            x_before, log_snr_before = x.clone(), log_snr_t         # a copy, for predict_x may write into its canvas again
+        z = SAMPLERS[sampler](z, target, log_snr_t, log_snr_s, noise)
 
 
-STEPS, PATCH, CONTEXT = 6, 512, 64          # what is used unless asked otherwise, chosen by measurement (README)
+# ------------------------------------------------------------------------------------------------------
+# Pictures of any size, tile by tile
+# ------------------------------------------------------------------------------------------------------
+
+
+def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, column: True, batch=1):
+    """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
+
+    Our networks are convolutions without attention and without normalisation over space. Such a network is
+    a local rule: an output pixel depends on inputs at most one *receptive field radius* away. So a tile
+    evaluated together with `context` pixels around it is, once the context is cropped off again, exactly the
+    tile of the whole picture, if context >= radius. The windows end at the picture's own edges, where
+    the convolutions pad with zeros just as they would for the whole.
+
+    inputs: tensors (1, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture,
+    and one of them is the picture itself, its sides multiples of CELL. tile, context: pixels, rounded up to whole cells,
+    which keeps the windows aligned with the strides. chosen(row, column): whether to visit that tile, counted from 0.
+    batch: f is given up to so many windows of one size at once, as (batch, C, ., .): small tiles alone do not fill a GPU.
+    """
+    tile, context = max(1, math.ceil(tile / CELL)), math.ceil(context / CELL)                   # in cells, from here on
+    rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (-2, -1))
+
+    def cut(t, samples, top, bottom, left, right):
+        """The part of t between these cells, a view. samples: per cell and side, 16 in a picture, 1 in a latent."""
+        return t[..., top * samples:bottom * samples, left * samples:right * samples]
+
+    by_size = {}                                            # only windows of one size can be stacked
+    for top in range(0, rows, tile):
+        for left in range(0, cols, tile):
+            if chosen(top // tile, left // tile):
+                bottom, right = min(top + tile, rows), min(left + tile, cols)
+                window = max(top - context, 0), min(bottom + context, rows), max(left - context, 0), min(right + context, cols)
+                size = window[1] - window[0], window[3] - window[2]
+                by_size.setdefault(size, []).append(((top, bottom, left, right), window))
+    samples = out.shape[-2] // rows
+    for places in by_size.values():
+        for n in range(0, len(places), batch):
+            some = places[n:n + batch]
+            stacked = [torch.cat([cut(t, t.shape[-2] // rows, *window) for _, window in some]) for t in inputs]
+            for result, (core, (y, _, x, _)) in zip(f(*stacked), some):                         # (C, ., .)
+                inner = core[0] - y, core[1] - y, core[2] - x, core[3] - x
+                cut(out, samples, *core).copy_(cut(result, samples, *inner))
+    return out
+
+
+STEPS, PATCH, CONTEXT = 8, 512, 64          # what is used unless asked otherwise, chosen by measurement (README)
 RELATIVE_ETA = 1.5                          # likewise, in units of the residual's standard deviation
 
 
@@ -636,34 +654,39 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
     Where nothing is made yet, x_hat stands in. An approximation, for the early groups cannot know what the late ones will do.
 
     sampler: None for what the objective asks: "dpm", or for a flow "ddim", which is Euler's step. energy: the HFD+ map at one value
-    per CELL, (1, 1, H/16, W/16), or None. eta: shift of the schedule; None for RELATIVE_ETA times
-    the residual's standard deviation at level q, so that the noise is of the size of what is missing. patch, context: pixels. batch: patches that the network is given
-    at once. Returns (1, 3, H, W) in [-1, 1]."""
+    per CELL, (1, 1, H/16, W/16), or None. eta: shift of the schedule; None for RELATIVE_ETA times the residual's standard deviation
+    at level q, so that the noise is of the size of what is missing. patch, context: pixels. batch: patches that the network is
+    given at once. Returns (1, 3, H, W) in [-1, 1]."""
     sampler = sampler or {"v": "dpm", "flow": "ddim"}[diffusion.config.objective]
     eta = eta or RELATIVE_ETA * diffusion.residual_std[q].square().mean().sqrt().item()
-    generator = torch.Generator().manual_seed(seed)
-    x, device = torch.empty_like(x_hat), x_hat.device
+    generator, device = torch.Generator().manual_seed(seed), x_hat.device
     level = torch.tensor([q], device=device)
-    extra = [] if energy is None else [energy]
+    if energy is None:
+        energy = x_hat.new_full((1, 1, x_hat.shape[-2] // CELL, x_hat.shape[-1] // CELL), -1)   # negative: there is no map
+    canvas = torch.empty_like(x_hat)                                                            # (1, 3, H, W)
     noise = lambda: torch.randn(x_hat.shape, generator=generator).to(device)
     schedule = lambda t: SCHEDULES[diffusion.config.objective](t, eta)
 
     def predict_x(z, log_snr, chosen=lambda row, column: True):
         """The denoiser on the whole canvas (1, 3, H, W), patch by patch, or on the chosen patches."""
-        ratio = log_snr.to(x_hat.dtype).reshape(1).to(device)
-        denoise = lambda z, x_hat, *energy: diffusion.predict_x(z, x_hat, ratio.expand(len(z)), level.expand(len(z)), *energy)
+        log_snr = log_snr.to(x_hat.dtype).to(device)                                            # ()
+
+        def denoise(z, x_hat, energy):
+            """The denoiser on a batch of windows, (B, 3, ., .)."""
+            return diffusion.predict_x(z, x_hat, log_snr.expand(len(z)), level.expand(len(z)), energy)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
-            return apply_tiled(denoise, [z, x_hat, *extra], x, patch, context, chosen, batch)
+            return apply_tiled(denoise, [z, x_hat, energy], canvas, patch, context, chosen, batch)
 
     if not grouped:
         return sample(predict_x, steps, sampler, schedule, noise, on_step).clamp_(-1, 1)
     known = x_hat.clone()
-    for group, (i, j) in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):
+    for n, group in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):
         def predict_group(z, log_snr):
             """The denoiser on this group's patches; everywhere else, what is known."""
-            x.copy_(known)
-            return predict_x(z, log_snr, lambda row, column: (row % 2, column % 2) == (i, j))
-        known.copy_(sample(predict_group, steps, sampler, schedule, noise, lambda step: on_step((group * steps + step) / 4)))
+            canvas.copy_(known)
+            return predict_x(z, log_snr, lambda row, column: (row % 2, column % 2) == group)
+        report = lambda step: on_step((n * steps + step) / 4)
+        known.copy_(sample(predict_group, steps, sampler, schedule, noise, report))
     return known.clamp_(-1, 1)
 
 
@@ -713,7 +736,7 @@ class Model:
 
 
 def fingerprint(*tensor_dicts):
-    """SHA-256 over the values of all tensors in the dictionaries, in order. bytes. ValueError for a tensor that claims more than it
+    """SHA-256, as bytes, over the values of all tensors in the dictionaries, in order. ValueError for a tensor that claims more than it
     stores: by a stride of zero, a few bytes in a forged file can stand for terabytes."""
     digest = hashlib.sha256()
     for tensors in tensor_dicts:
@@ -756,6 +779,7 @@ def read_checkpoint(path):
 def rebuild(kind, config, weights):
     """The network kind(config) with these weights, or ValueError if they are not what that configuration asks for. It
     is built first on torch's device "meta", where tensors have shapes and no memory: a forged configuration may ask for any size."""
+    # Each block has weights; a configuration of more blocks than that is a forgery that would take forever to build, even there.
     if sum(np.atleast_1d(config.blocks)) > len(weights):
         raise ValueError("fewer weights than blocks")
     with torch.device("meta"):
@@ -772,12 +796,15 @@ def load_model(path, device):
     packed = read_checkpoint(path)
     try:
         tables, recipe = Tables(**packed["tables"]), packed["recipe"]
-        parts = packed["autoencoder"], packed["diffusion"]
-        if packed["digest"] != fingerprint(packed["tables"], *(part["weights"] for part in parts)):
+        first, second = packed["autoencoder"], packed["diffusion"]
+        if packed["digest"] != fingerprint(packed["tables"], first["weights"], second["weights"]):
             raise ValueError("its digest does not match")
-        autoencoder = rebuild(Autoencoder, AutoencoderConfig(**parts[0]["config"]), parts[0]["weights"])
-        diffusion = parts[1]["weights"] and rebuild(Diffusion, DiffusionConfig(**parts[1]["config"]), parts[1]["weights"]) or None
-        if tables.validate().low[:, 0].shape != autoencoder.log_step.shape or diffusion and diffusion.config.levels != len(autoencoder.log_step):
+        autoencoder, diffusion = rebuild(Autoencoder, AutoencoderConfig(**first["config"]), first["weights"]), None
+        fits = tables.validate().low[:, 0].shape == autoencoder.log_step.shape                  # (Q, M) both
+        if second["weights"]:                               # there are none before stage 2
+            diffusion = rebuild(Diffusion, DiffusionConfig(**second["config"]), second["weights"])
+            fits = fits and diffusion.config.levels == len(autoencoder.log_step)
+        if not fits:
             raise ValueError("its parts do not belong together")
         identity = fingerprint(autoencoder.state_dict(), packed["tables"])[:4]
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -833,7 +860,8 @@ def hardware(device):
 
 def peak_memory(device):
     """The most memory that this process has held so far, in words."""
-    text = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20):.1f} GiB"
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20         # ru_maxrss is in bytes on a Mac, in KiB on Linux
+    text = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
     if device.type == "cuda":
         text += f", on the GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
     return text

@@ -143,24 +143,24 @@ def compress(image, model, quality, seed=0, block=0, refine=0, on_step=lambda st
         raise HFDError(f"--quality must lie between 1 and {levels}, not {quality}")
     device = hfd.device_of(model)
     clock = [hfd.clock(device)]
-    x = to_tensor(image, device)
-    k = model.autoencoder.encode(x, quality - 1, refine=refine, on_step=on_step)
-    energy = b""
+    x = to_tensor(image, device)                                                                # (1, 3, H', W')
+    k = model.autoencoder.encode(x, quality - 1, refine=refine, on_step=on_step)                # (1, M, H'/16, W'/16)
+    side = b""                                              # what HFD+ adds
     if block:
         need_diffusion(model)
-        std = model.diffusion.residual_std[quality - 1:quality]
-        energy = hfd.residual_energy(x, model.autoencoder.decode(k, quality - 1), std, block)
-        energy = entropy.encode_map(energy[0, 0].int().cpu(), hfd.ENERGY_LEVELS)
-        energy = struct.pack(">I", len(energy)) + energy
+        std = model.diffusion.residual_std[quality - 1:quality]                                 # (1, 12)
+        energy = hfd.residual_energy(x, model.autoencoder.decode(k, quality - 1), std, block)   # (1, 1, H'/block, W'/block)
+        coded = entropy.encode_map(energy[0, 0].int().cpu(), hfd.ENERGY_LEVELS)
+        side = struct.pack(">I", len(coded)) + coded
     k = k[0].cpu().numpy()
     clock.append(hfd.clock(device))
-    payload = energy + entropy.encode(k, model.tables, quality - 1)
+    payload = side + entropy.encode(k, model.tables, quality - 1)
     clock.append(hfd.clock(device))
     header = HEADER.pack(MAGIC, VERSION, quality, block.bit_length() - 1 if block else 0, image.width, image.height, seed,
                          model.identity)
     data = header + struct.pack(">I", zlib.crc32(header + payload)) + payload
     pixels = image.width * image.height
-    return data, {"estimated": (entropy.cross_entropy(k, model.tables, quality - 1) + 8 * len(energy)) / pixels,
+    return data, {"estimated": (entropy.cross_entropy(k, model.tables, quality - 1) + 8 * len(side)) / pixels,
                   "payload": 8 * len(payload) / pixels, "file": 8 * len(data) / pixels,
                   "seconds": {"encoder": clock[1] - clock[0], "range encoder": clock[2] - clock[1]}}
 
@@ -183,8 +183,8 @@ def parse(data, name):
         if block not in (4, 5, 6, 7) or len(payload) < 4 + size:
             raise HFDError(f"{name}: its HFD+ map cannot be read")
         energy, payload = payload[4:4 + size], payload[4 + size:]
-    return {"quality": quality, "width": width, "height": height, "seed": seed, "identity": identity, "block": block and 1 << block,
-            "energy": energy, "payload": payload}
+    return {"quality": quality, "width": width, "height": height, "seed": seed, "identity": identity,
+            "block": 1 << block if block else 0, "energy": energy, "payload": payload}
 
 
 def need_diffusion(model):
@@ -203,11 +203,13 @@ def decode_latent(header, model, name):
     try:
         shape = config.latents, -(-header["height"] // CELL), -(-header["width"] // CELL)
         k = entropy.decode(header["payload"], model.tables, header["quality"] - 1, shape)
-        energy, cells = None, header["block"] // CELL
-        if cells:
-            energy = entropy.decode_map(header["energy"], hfd.ENERGY_LEVELS, (-(-shape[1] // cells), -(-shape[2] // cells)))
-            energy = torch.from_numpy(energy.repeat(cells, 0).repeat(cells, 1)[None, None, :shape[1], :shape[2]])
-            energy = energy.to(hfd.device_of(model))
+        energy = None
+        if header["block"]:
+            cells = header["block"] // CELL                                                     # per block and side
+            blocks = math.ceil(shape[1] / cells), math.ceil(shape[2] / cells)
+            energy = entropy.decode_map(header["energy"], hfd.ENERGY_LEVELS, blocks)
+            energy = energy.repeat(cells, 0).repeat(cells, 1)[:shape[1], :shape[2]]             # (h, w)
+            energy = torch.from_numpy(energy)[None, None].to(hfd.device_of(model))              # (1, 1, h, w)
     except ValueError as error:
         raise HFDError(f"{name}: {error}") from None
     return torch.from_numpy(k)[None].to(hfd.device_of(model)), energy
@@ -231,8 +233,8 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
         x = hfd.sample_picture(model.diffusion, x_hat, q, seed=seed, energy=energy, **settings)
         x_hat.lerp_(x, rho)
     clock.append(hfd.clock(device))
-    return to_image(x_hat, header["width"], header["height"]), {"seconds": dict(zip(
-        ("range decoder", "decoder", "diffusion"), (b - a for a, b in zip(clock, clock[1:]))))}
+    seconds = dict(zip(("range decoder", "decoder", "diffusion"), (end - begin for begin, end in zip(clock, clock[1:]))))
+    return to_image(x_hat, header["width"], header["height"]), {"seconds": seconds}
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -284,8 +286,12 @@ def run_compress(args):
 def run_decompress(args):
     """decompress: .hfd file to picture."""
     check_target(args.output, args.force, picture=True)
-    if not 0 <= args.rho <= 1 or min(args.steps, args.patch, args.batch) < 1 or args.context < 0 or args.eta is not None and not 0 < args.eta < math.inf:
-        raise HFDError("--rho must lie in [0, 1]; --steps, --patch and --batch be at least 1; --context at least 0; --eta a number above 0")
+    if not 0 <= args.rho <= 1:
+        raise HFDError("--rho must lie in [0, 1]")
+    if min(args.steps, args.patch, args.batch) < 1 or args.context < 0:
+        raise HFDError("--steps, --patch and --batch must be at least 1, --context at least 0")
+    if args.eta is not None and not 0 < args.eta < math.inf:
+        raise HFDError("--eta must be a number above 0")
     data = read_file(args.input)
     parse(data, args.input)                     # refuse a broken file before loading a model for it
     model = hfd.load_model(args.model, hfd.pick_device(args.device))
@@ -303,10 +309,11 @@ def run_info(args):
     if args.model:
         model = hfd.load_model(args.model, torch.device("cpu"))
         print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
-        for part in ("autoencoder", "diffusion", "measured"):
-            module = getattr(model, part, None)
-            print(f"{part}: " + (f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} million parameters, {module.config}" if module else
-                                 "" if part in model.recipe else "nothing yet"))
+        for part, network in (("autoencoder", model.autoencoder), ("diffusion", model.diffusion), ("measured", None)):
+            about = "" if part in model.recipe else "nothing yet"
+            if network:
+                about = f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters, {network.config}"
+            print(f"{part}: {about}")
             for name, value in model.recipe.get(part, {}).items():
                 print(f"  {name:10} {value}")
         return

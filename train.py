@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def dead_leaves(size, rng):
     smallest, largest = 6.0, big / 2
     # The mean area of a disc is 2 pi smallest^2 log(largest / smallest). Ten times the canvas, in all, leaves e^-10 bare.
     count = int(10 * (1.2 * big) ** 2 / (2 * math.pi * smallest ** 2 * math.log(largest / smallest)))
-    for u, x, y, *colour in rng.random((count, 6)):
+    for u, x, y, *colour in rng.random((count, 6)):         # colour: a shade of grey, from which green and blue stray a little
         # Inverse transform sampling: if u is uniform, this radius has density ~ r^-3 between the two limits.
         r = (smallest ** -2 + u * (largest ** -2 - smallest ** -2)) ** -0.5
         x, y = (x * 1.2 - 0.1) * big, (y * 1.2 - 0.1) * big
@@ -55,6 +56,21 @@ def dead_leaves(size, rng):
         colour = tuple(int(255 * min(max(grey + 0.3 * (c - 0.5), 0), 1)) for c in (grey, colour[1], colour[2]))
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     return np.asarray(canvas.resize((size, size), Image.BOX))
+
+
+def picture_files(folder):
+    """The paths of all pictures in a folder and those below it, sorted: what bears the ending of a format that Pillow knows."""
+    return sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".") and
+                  p.suffix.lower() in Image.registered_extensions())
+
+
+def read_picture(name):
+    """A picture file as uint8 (H, W, 3), upright; None, after a warning, for one that cannot be read."""
+    try:
+        with Image.open(name) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:      # whatever a broken picture makes Pillow raise, the others are still good
+        print(f"warning: {name}: skipped, cannot be read as a picture ({error})", file=sys.stderr)
 
 
 class Photos:
@@ -65,26 +81,20 @@ class Photos:
     def __init__(self, folder, smallest, device, megapixels, seed):
         """Raises HFDError if there is nothing to read. Bad files are named and skipped. Pictures with a side below
         `smallest` are continued by mirroring. Reading stops, and says so, at `megapixels` in all."""
-        self.images, self.device, self.description = [], device, "dead leaves"
+        self.images, self.description = [], "dead leaves"
         if folder is None:
             rng = np.random.default_rng(seed)
-            pictures = ((None, dead_leaves(256, rng)) for _ in range(64))
+            pictures = (dead_leaves(256, rng) for _ in range(64))
         else:
             if not Path(folder).is_dir():
                 raise HFDError(f"{folder}: no such folder. Give --images a folder of pictures, or leave it out to train on dead leaves")
-            names = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".") and
-                           p.suffix.lower() in Image.registered_extensions())
+            names = picture_files(folder)
             np.random.default_rng(seed).shuffle(names)
-            pictures = ((name, None) for name in names)
+            pictures = (read_picture(name) for name in names)
         total = 0
-        for name, array in pictures:
+        for array in pictures:
             if array is None:
-                try:
-                    with Image.open(name) as image:
-                        array = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-                except Exception as error:      # whatever a broken picture makes Pillow raise, the others are still good
-                    print(f"warning: {name}: skipped, cannot be read as a picture ({error})", file=sys.stderr)
-                    continue
+                continue
             short = [max(0, smallest - side) for side in array.shape[:2]]
             if any(short):
                 array = np.pad(array, [(0, short[0]), (0, short[1]), (0, 0)], mode="symmetric")
@@ -102,9 +112,9 @@ class Photos:
         """Random crops (count, 3, size, size) in [-1, 1], each mirrored half of the time. Uses torch's global seed."""
         batch = []
         for n, i, j, mirror in torch.rand(count, 4).tolist():
-            image = self.images[int(n * len(self.images))]
+            image = self.images[int(n * len(self.images))]                                      # (3, H, W)
             i, j = int(i * (image.shape[1] - size + 1)), int(j * (image.shape[2] - size + 1))
-            crop = image[:, i:i + size, j:j + size]
+            crop = image[:, i:i + size, j:j + size]                                             # (3, size, size)
             batch.append(crop.flip(2) if mirror < 0.5 else crop)
         return torch.stack(batch).float() / 127.5 - 1
 
@@ -117,17 +127,20 @@ class Photos:
 def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
     """Minimise batch_loss(model, crop_size, batch_size) -> {"loss": ..., other named numbers}, to args.steps.
 
-    groups: optimizer parameter groups, each with its learning-rate factor "scale". checkpoint(ema): the dictionary to save.
+    stage: "autoencoder" or "diffusion". groups: optimizer parameter groups, each with its learning-rate factor "scale".
+    checkpoint(ema, recipe): the dictionary to save, of the averaged model and how it was made. photos: what the recipe describes.
 
     Every random number of step n comes from the seed (args.seed, n, rank). So a checkpoint need not store any random
     state, and a resumed run sees the very crops and noise that it would have seen.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, bf16 = hfd.pick_device(args.device), hfd.fast_bf16(hfd.pick_device(args.device))
+    device = hfd.pick_device(args.device)
+    bf16 = hfd.fast_bf16(device)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
-    ema, step, minutes = copy.deepcopy(model), 0, 0.0       # EMA: an average of the weights over the last steps is a
-    state = hfd.read_checkpoint(args.out)["training"] if args.resume else None      # better model than any single step's
-    if state:
+    ema = copy.deepcopy(model)          # an exponential moving average of the weights is a better model than any single step's
+    step, minutes = 0, 0.0
+    if args.resume:
+        state = hfd.read_checkpoint(args.out)["training"]
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -140,9 +153,10 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
 
     def interrupted():
         """Whether Ctrl-C was pressed, on any of the processes."""
-        asked = torch.tensor(len(stop))
-        if world > 1:                                       # all processes must leave the loop at the same step
-            dist.all_reduce(asked := asked.to(device))
+        if world == 1:
+            return bool(stop)
+        asked = torch.tensor(len(stop), device=device)
+        dist.all_reduce(asked)                              # all processes must leave the loop at the same step
         return bool(asked)
 
     def save():
@@ -175,7 +189,7 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            decay = min(args.ema, step / (step + 10))       # early on, average over fewer steps than EMA has seen
+            decay = min(args.ema, step / (step + 10))       # at first, over the last tenth of the steps only
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -188,10 +202,9 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
                 if "mse" in shown:
                     shown["PSNR"] = 10 * math.log10(255 ** 2 / shown.pop("mse"))
                 if rank == 0:
-                    left = (args.steps - step) / rate
-                    print(f"step {step:6d}/{args.steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in shown.items()) +
-                          f"  {images / (time.time() - mark):.1f} images/s  {left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left",
-                          flush=True)
+                    numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+                    left = timedelta(seconds=round((args.steps - step) / rate))
+                    print(f"step {step:6d}/{args.steps}  {numbers}  {images / (time.time() - mark):.1f} images/s  {left} left", flush=True)
                 sums, count, images, mark = {}, 0, 0, time.time()
             if step % args.save_every == 0:
                 save()
@@ -245,8 +258,7 @@ MARGIN = 16     # pixels of context in which a crop's x_hat is made: borders sho
 
 def reconstruct(autoencoder, x, q):
     """x_hat for a batch of pictures (B, 3, H, W) at levels q (B,), as the decoder would see it (rounded latents)."""
-    step = autoencoder.log_step[q].exp()[:, :, None, None]                                      # (B, M, 1, 1)
-    k = (autoencoder.analysis(x, q) / step).round()                                             # (B, M, h, w)
+    k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()                              # (B, M, h, w)
     return autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)                  # (B, 3, H, W)
 
 
@@ -297,10 +309,12 @@ def export(args):
     model = hfd.load_model(args.checkpoint, torch.device("cpu"))
     if args.results:
         results = json.loads(Path(args.results).read_text())
-        model.recipe["measured"] = {"command": results["command"], "hardware": results["about"]["hardware"]} | {
-            level: "; ".join(f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
-                             for name, n in point["variants"].items())
-            for level, point in results["points"].items() if level.startswith("level")}
+        measured = {"command": results["command"], "hardware": results["about"]["hardware"]}
+        for level, point in results["points"].items():
+            if level.startswith("level"):
+                measured[level] = "; ".join(f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
+                                            for name, n in point["variants"].items())
+        model.recipe["measured"] = measured
     packed = hfd.pack(model.autoencoder, model.tables, model.diffusion, model.recipe, half=True)
     hfd.write_atomically(args.out, lambda f: torch.save(packed, f))
     print(f"wrote {args.out}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
@@ -367,7 +381,7 @@ def main(argv=None):
         dist.init_process_group("nccl" if cuda else "gloo")
     lock = None
     if not dist.is_initialized() or dist.get_rank() == 0:   # two runs writing one checkpoint would ruin both
-        lock = open(f"{args.out}.lock", "w")
+        lock = open(f"{args.out}.lock", "w")                # held until the process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

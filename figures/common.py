@@ -39,8 +39,7 @@ def pictures(folder=None, quick=False, count=None):
         rng = np.random.default_rng(20230518)   # not a seed of train.py's: these pictures must not be among those it draws
         found += [(f"dead_leaves_{i}", Image.fromarray(train.dead_leaves(256, rng))) for i in (1, 2, 3)]
     else:
-        paths = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".") and
-                       p.suffix.lower() in Image.registered_extensions())
+        paths = train.picture_files(folder)
         if not paths:
             raise HFDError(f"{folder}: no pictures found in it. Give --images a folder of pictures, or leave it out")
         count = min(2 if quick else max(count or len(paths), 1), len(paths))
@@ -110,6 +109,7 @@ class Run:
         last = lambda word: [last(w) for w in word] if isinstance(word, list) else Path(word).name if isinstance(word, str) else word
         self.about = {
             "flags": {flag: last(value) for flag, value in vars(self.args).items() if flag not in files + keyed},
+            "sampler": {"steps": hfd.STEPS, "patch": hfd.PATCH, "context": hfd.CONTEXT, "relative eta": hfd.RELATIVE_ETA},
             "hardware": hfd.hardware(self.device), "torch": str(torch.__version__), "pillow": PIL.__version__,
             "pictures": {"names": list(self.names), "sha256": digest(b"".join(image.tobytes() for image in self.images))},
             "model": {"file": Path(self.args.model).name, "autoencoder": self.model.identity.hex(), "weights": hfd.fingerprint(

@@ -19,7 +19,7 @@ LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))     # one for each net
 def flags(parser):
     """The flags of this script alone."""
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps")
+    parser.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps")
     parser.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), default="dpm", help="which")
     parser.add_argument("--retrained", metavar="FILE", nargs="+", default=[],
                         help="up to four more checkpoints with the same autoencoder, trained at other eta or --plain")

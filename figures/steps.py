@@ -8,7 +8,7 @@ of the network for every pixel, so steps are the cost of decoding, whatever the 
 import hfd
 from figures import common
 
-STEPS = (1, 2, 4, 6, 8, 16, 32, 64, 125, 250)
+STEPS = (1, 2, 4, 8, 16, 32, 64, 125, 250)
 ENOUGH = 64                 # of steps; the paper's 250 are for ancestral sampling alone
 
 
@@ -16,7 +16,7 @@ def flags(parser):
     """The flags of this script alone."""
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
     parser.add_argument("--most", type=int, default=250, help="no more steps than this")
-    parser.add_argument("--eta", type=float, default=0.08, help="of the samplers' schedule")
+    parser.add_argument("--eta", type=float, help="of the samplers' schedule; by default the level's own")
     parser.add_argument("--flow", metavar="FILE", help="a checkpoint with the same autoencoder, trained with --objective flow")
 
 
