@@ -791,7 +791,7 @@ def rebuild(kind, config, weights):
     return module
 
 
-def load_model(path, device):
+def load_model(path, device="cpu"):
     """Rebuild a Model from a checkpoint file, without flags: it carries its configuration. HFDError if it cannot be used."""
     packed = read_checkpoint(path)
     try:

@@ -20,6 +20,7 @@ An .hfd file is a header of 22 bytes, an optional HFD+ map, the range-coded late
 The identity names the autoencoder only. The diffusion model adds no bits and may be retrained, and old files still decode.
 """
 import argparse
+import bisect
 import io
 import math
 import os
@@ -307,7 +308,7 @@ def run_info(args):
     if (args.input is None) == (args.model is None):
         raise HFDError("info takes an .hfd file, or --model for a checkpoint")
     if args.model:
-        model = hfd.load_model(args.model, torch.device("cpu"))
+        model = hfd.load_model(args.model)
         print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
         for part, network in (("autoencoder", model.autoencoder), ("diffusion", model.diffusion), ("measured", None)):
             about = "" if part in model.recipe else "nothing yet"
@@ -327,13 +328,16 @@ def run_info(args):
           f"  bpp        {8 * len(data) / pixels:.4f}")
 
 
-def jpeg_at(image, size):
-    """The best JPEG of at most `size` bytes, or the smallest one there is. Returns (bytes, its quality)."""
-    for quality in range(95, 0, -1):
+def largest_within(size, image, kind="jpeg", **options):
+    """The best JPEG, or whatever Pillow calls `kind`, of at most `size` bytes, or the smallest there is. Returns (bytes, its quality)."""
+    def encode(quality):
+        """The bytes of the file at that quality."""
         buffer = io.BytesIO()
-        image.save(buffer, "jpeg", quality=quality, optimize=True)
-        if buffer.tell() <= size or quality == 1:
-            return buffer.getvalue(), quality
+        image.save(buffer, kind, quality=quality, **options)
+        return buffer.getvalue()
+    qualities = range(1, 96)                                # files grow with quality, so it can be found by halving
+    quality = qualities[max(bisect.bisect_right(qualities, size, key=lambda quality: len(encode(quality))) - 1, 0)]
+    return encode(quality), quality
 
 
 def contact_sheet(pictures, detail, zoom):
@@ -363,7 +367,7 @@ def run_demo(args):
     blurry, _ = decompress(data, model, rho=0)
     picture, decoding = decompress(data, model, on_step=progress("sampling", hfd.STEPS))
     save_picture(picture, paths[1])
-    jpeg, quality = jpeg_at(image, len(data))
+    jpeg, quality = largest_within(len(data), image, optimize=True)
     opened = Image.open(io.BytesIO(jpeg)).convert("RGB")
     bpp = lambda size: f"{8 * size / (image.width * image.height):.3f}"
     sheet = contact_sheet([("original", image), (f"JPEG, {len(jpeg)} bytes", opened),

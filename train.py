@@ -306,7 +306,7 @@ def train_diffusion(args):
 
 def export(args):
     """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe, and what was measured."""
-    model = hfd.load_model(args.checkpoint, torch.device("cpu"))
+    model = hfd.load_model(args.checkpoint)
     if args.results:
         results = json.loads(Path(args.results).read_text())
         measured = {"command": results["command"], "hardware": results["about"]["hardware"]}

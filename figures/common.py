@@ -62,15 +62,24 @@ def timed(function, *args):
 # A run and its results
 # ------------------------------------------------------------------------------------------------------
 
+# Flags that several scripts have, with their types and meanings. Each script says which of them it takes, and with what default.
+FLAGS = {"level": dict(type=int, help="quality level of the model"),
+         "levels": dict(type=int, nargs="+", help="quality levels of the model"),
+         "steps": dict(type=int, help="denoising steps"),
+         "eta": dict(type=float, help="of the sampler's schedule; by default the level's own")}
+
+
 
 class Run:
     """One run of the script figures/NAME.py. What it needs: `args`, `device`, `model` (hfd.Model), `names` and `images` (PIL RGB),
-    `features` (a feature set of metrics.py, called `feature_name`; None where its packages are missing), and `kodak`: whether these
-    are the 24 Kodak pictures, the only ones for which published numbers hold.
+    `features` (a feature set of metrics.py, called `feature_name`; None where its packages are missing), `numbers` (what there is to plot:
+    "fd", if there are features, and "psnr"), and `kodak`: whether these are the 24 Kodak pictures, the only ones for which published
+    numbers hold.
 
-    argv: None for the command line's. add_flags(parser): adds flags of the script's own. HFDError for what a user can mend."""
+    argv: None for the command line's. defaults: of those of FLAGS that the script takes. add_flags(parser): adds flags that no other
+    script has. HFDError for what a user can mend."""
 
-    def __init__(self, name, description, argv=None, add_flags=lambda parser: None):
+    def __init__(self, name, description, argv=None, add_flags=lambda parser: None, **defaults):
         parser = argparse.ArgumentParser(prog=f"python -m figures.{name}", description=description.split("\n")[0],
                                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         parser.add_argument("--images", metavar="DIR", help="folder of pictures to measure on; without it: a portrait and dead leaves")
@@ -83,6 +92,8 @@ class Run:
         parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
         parser.add_argument("--inception", metavar="FILE", help="inception-2015-12-05.pt: FID/256 instead of FD-EfficientNet")
         parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+        for flag, default in defaults.items():
+            parser.add_argument(f"--{flag}", default=default, **FLAGS[flag])
         add_flags(parser)
         argv = sys.argv[1:] if argv is None else argv
         self.args = parser.parse_args(argv)
@@ -99,6 +110,7 @@ class Run:
                 self.feature_name, self.features = metrics.efficientnet(self.device)
             except HFDError as error:
                 print(f"note: {error}. Frechet distances are left out.")
+        self.numbers = ["fd", "psnr"] if self.features else ["psnr"]
         self.reference = [self.features(image) for image in self.images] if self.features else None
 
         # What the numbers depend on. An earlier run's points are taken over only if all of this was the same. Folders are the
@@ -247,8 +259,14 @@ def label_ends(panel, ends):
                        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkB": 3, "relpos": (0, 0.5)})
 
 
-def dress(panel, run, number, xlabel, ticks, ends, xscale="log"):
-    """Title, axes and line names of a panel that shows `number` ("psnr", "fd" or "seconds") over something with these ticks."""
+def curves(panel, run, number, lines, xlabel, ticks, xscale="log", ends=()):
+    """Draw a panel that shows `number` ("psnr", "fd" or "seconds") over something with these ticks, with title, axes and line names.
+    lines: {name: (colour, marker, line style, {x: score, as Run.measure returns it})}. ends: of what is drawn already."""
+    ends = list(ends)
+    for name, (colour, marker, style, points) in lines.items():
+        y = [score["seconds"]["diffusion"] if number == "seconds" else score[number] for score in points.values()]
+        panel.plot(list(points), y, color=colour, marker=marker, linestyle=style)
+        ends.append((list(points)[-1], y[-1], name, colour))
     label = {"psnr": "PSNR (dB)", "fd": f"{run.feature_name} (Fréchet distance)", "seconds": "seconds"}[number]
     panel.set(title=TITLES[number], ylabel=label, xlabel=xlabel, xscale=xscale, yscale="log" if number == "seconds" else "linear")
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -4,33 +4,21 @@
 
 The two samples come from one file, with two seeds. Where they agree, the file speaks; where they differ, the model invents.
 """
-import io
-
-from PIL import Image
-
 import hfd
 import sample
 from figures import codecs, common
 
 
-def largest_within(encode, image, size, settings):
-    """(bytes, setting) of the best file that encode(image, setting) makes of at most `size` bytes, or of the smallest it can make."""
-    files = [(encode(image, setting), setting) for setting in settings]
-    return max((f for f in files if len(f[0]) <= size), key=lambda f: len(f[0]), default=min(files, key=lambda f: len(f[0])))
-
-
 def main(argv=None):
     """Code the portrait with each codec in as many bytes, and set the results side by side."""
-    run = common.Run("comparison", __doc__, argv, lambda parser: parser.add_argument(
-        "--level", type=int, default=1, help="quality level of the model"))
+    run = common.Run("comparison", __doc__, argv, level=1)
     image, args = run.images[0], run.args
     data, _ = sample.compress(image, run.model, args.level, args.seed)
     shown = [("original", image)]
     numbers = {}
-    for name, encode, settings in (("JPEG", codecs.jpeg, range(0, 60)), ("AVIF", codecs.avif, range(0, 40))):
-        file, setting = largest_within(encode, image, len(data), settings[::10] if args.quick else settings)
-        decoded = Image.open(io.BytesIO(file)).convert("RGB")
-        shown.append((f"{name} q{setting}, {len(file)} bytes", decoded))
+    for name, options in (("JPEG", {"optimize": True}), ("AVIF", {"speed": 6})):
+        file, setting = sample.largest_within(len(data), image, name, **options)
+        shown.append((f"{name} q{setting}, {len(file)} bytes", codecs.decode(file)))
     for name, settings in (("autoencoder", {"rho": 0}), ("HFD, seed 0", {"seed": 0}), ("HFD, seed 1", {"seed": 1})):
         shown.append((f"{name}, {len(data)} bytes", sample.decompress(data, run.model, **settings)[0]))
     for name, decoded in shown[1:]:

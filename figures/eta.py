@@ -18,8 +18,6 @@ LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))     # one for each net
 
 def flags(parser):
     """The flags of this script alone."""
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
-    parser.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps")
     parser.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), default="dpm", help="which")
     parser.add_argument("--retrained", metavar="FILE", nargs="+", default=[],
                         help="up to four more checkpoints with the same autoencoder, trained at other eta or --plain")
@@ -27,9 +25,9 @@ def flags(parser):
 
 def main(argv=None):
     """Sample with every net under every eta, print the best, draw."""
-    run = common.Run("eta", __doc__, argv, flags)
+    run = common.Run("eta", __doc__, argv, flags, levels=[1, 4], steps=hfd.STEPS)
     nets = {Path(path).stem: hfd.load_model(path, run.device).diffusion for path in [run.args.model, *run.args.retrained]}
-    shipped, numbers = next(iter(nets)), ["fd", "psnr"] if run.features else ["psnr"]
+    shipped = next(iter(nets))
     std = {level: run.model.diffusion.residual_std[level - 1].square().mean().sqrt().item() for level in run.args.levels}
     curves, summary = {}, []
     for level in run.args.levels:
@@ -37,25 +35,21 @@ def main(argv=None):
             etas = (ETAS if name == shipped else FEWER)[::5 if run.args.quick else 1]
             points = curves[level, name] = {eta: run.sampled(f"level {level}, {name}, sampled at eta {eta:g}", level, net, eta=eta, steps=run.args.steps,
                                                              sampler=run.args.sampler) for eta in etas}
-            best = {n: (min if n == "fd" else max)(etas, key=lambda eta: points[eta][n]) for n in numbers}
+            best = {n: (min if n == "fd" else max)(etas, key=lambda eta: points[eta][n]) for n in run.numbers}
             summary.append({"level": level, "net": name, "trained_at": net.config.eta, "preconditioned": net.config.preconditioned,
-                            "residual_std": round(std[level], 4), "best_eta": best, "at_best": {n: round(points[best[n]][n], 2) for n in numbers}})
+                            "residual_std": round(std[level], 4), "best_eta": best, "at_best": {n: round(points[best[n]][n], 2) for n in run.numbers}})
             print(f"level {level}, {name}: residual {std[level]:.3f}, best " + ", ".join(f"{n} {points[e][n]:.2f} at eta {e:g}" for n, e in best.items()))
-    figure, panels = common.axes(len(numbers))
-    for panel, number in zip(panels, numbers):
+    colours = dict(zip(run.args.levels, common.CYCLE))
+    lines = {f"level {level}, {name}": (*colours[level], LINES[list(nets).index(name)], points) for (level, name), points in curves.items()}
+    figure, panels = common.axes(len(run.numbers))
+    for panel, number in zip(panels, run.numbers):
         ends = []
-        for (level, name), points in curves.items():
-            colour, marker = common.CYCLE[run.args.levels.index(level)]
-            y = [point[number] for point in points.values()]
-            panel.plot(list(points), y, color=colour, marker=marker, linestyle=LINES[list(nets).index(name)])
+        for level, (colour, _) in colours.items():
             panel.axvline(std[level], color=colour, linestyle=":", linewidth=1)
-            ends.append((list(points)[-1], y[-1], f"level {level}, {name}", colour))
-        if number == "fd":
-            for i, level in enumerate(run.args.levels):
-                y = run.blurry(level)["fd"]
-                panel.axhline(y, color=common.CYCLE[i][0], linewidth=0.7)
-                ends.append((ETAS[-1], y, f"level {level}, autoencoder", common.CYCLE[i][0]))
-        common.dress(panel, run, number, "eta of the sampler's schedule", FEWER, ends)
+            if number == "fd":
+                ends.append((ETAS[-1], run.blurry(level)["fd"], f"level {level}, autoencoder", colour))
+                panel.axhline(ends[-1][1], color=colour, linewidth=0.7)
+        common.curves(panel, run, number, lines, "eta of the sampler's schedule", FEWER, ends=ends)
     run.finish(figure, summary=summary)
 
 

@@ -13,11 +13,6 @@ from figures import common
 BLOCKS = (0, 128, 64, 32, 16)
 
 
-def flags(parser):
-    """The flags of this script alone."""
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3], help="quality levels of the model")
-
-
 def coded(run, level, block):
     """The `code` of common.Run.measure: compress with a map in blocks of that side, 0 for none, and decode."""
     def code(i, image):
@@ -30,28 +25,24 @@ def coded(run, level, block):
 
 def main(argv=None):
     """Measure, compare at equal bits, draw."""
-    run = common.Run("hfd_plus", __doc__, argv, flags)
+    run = common.Run("hfd_plus", __doc__, argv, levels=[1, 2, 3])
     curves = {block: [run.measure(f"level {level}, block {block}", coded(run, level, block))["HFD"] for level in run.args.levels]
               for block in (BLOCKS[::3] if run.args.quick else BLOCKS)}
-    numbers = ["fd", "psnr"] if run.features else ["psnr"]
     plain, summary = curves[0], []
     for block, points in curves.items():
         for level, base, point in zip(run.args.levels, plain, points):
             row = {"level": level, "block": block, "extra_bpp": round(point["bpp"] - base["bpp"], 5)}
-            for n in numbers:       # at equal bits: against the line through the files without a map
+            for n in run.numbers:   # at equal bits: against the line through the files without a map
                 line = np.interp(np.log(point["bpp"]), np.log([p["bpp"] for p in plain]), [p[n] for p in plain])
                 row |= {n: round(point[n], 3), n + "_without_at_equal_bpp": round(float(line), 3)}
             summary.append(row)
             print(f"level {level}, " + (f"blocks of {block:3}" if block else "no map       ") + f": {row['extra_bpp']:+.4f} bpp, " +
-                  ", ".join(f"{n} {row[n]:.2f} (without, at equal bits {row[n + '_without_at_equal_bpp']:.2f})" for n in numbers))
-    figure, panels = common.axes(len(numbers))
-    for panel, number in zip(panels, numbers):
-        ends = []
-        for (colour, marker), (block, points) in zip(common.CYCLE, curves.items()):
-            bpp, y = ([point[key] for point in points] for key in ("bpp", number))
-            panel.plot(bpp, y, color=colour, marker=marker)
-            ends.append((bpp[-1], y[-1], f"blocks of {block}" if block else "no map", colour))
-        common.dress(panel, run, number, "bits per pixel, complete file", [0.05, 0.1, 0.2, 0.5], ends)
+                  ", ".join(f"{n} {row[n]:.2f} (without, at equal bits {row[n + '_without_at_equal_bpp']:.2f})" for n in run.numbers))
+    lines = {f"blocks of {block}" if block else "no map": (*look, "-", {point["bpp"]: point for point in points})
+             for look, (block, points) in zip(common.CYCLE, curves.items())}
+    figure, panels = common.axes(len(run.numbers))
+    for panel, number in zip(panels, run.numbers):
+        common.curves(panel, run, number, lines, "bits per pixel, complete file", [0.05, 0.1, 0.2, 0.5])
     run.finish(figure, summary=summary)
 
 

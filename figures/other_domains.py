@@ -5,8 +5,6 @@
 Rate at equal PSNR relative to WebP (Bjontegaard), and pictures at one level. A learned codec knows photographs: where nothing is like them, what it
 has learned is wrong, and where the sampler does not know what it sees, it paints photographs' texture. Never use it on data that somebody will read off.
 """
-import io
-
 import numpy as np
 from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageDraw, ImageFont
@@ -33,7 +31,7 @@ def domains():
 
 def main(argv=None):
     """Rate-distortion curves of the autoencoder and WebP on each domain; a sheet of details."""
-    run = common.Run("other_domains", __doc__, argv, lambda parser: parser.add_argument("--level", type=int, default=2, help="level of the pictures"))
+    run = common.Run("other_domains", __doc__, argv, level=2)
     levels = range(1, len(run.model.autoencoder.config.lambdas) + 1)
     rows, summary = [], {}
     for name, image in domains().items():
@@ -61,7 +59,7 @@ def main(argv=None):
         data, _ = sample.compress(image, run.model, run.args.level)
         side, left, top = 128, image.width // 2 - 64, image.height // 2 - 64
         detail = lambda picture: picture.crop((left, top, left + side, top + side)).resize((2 * side, 2 * side), Image.NEAREST)
-        jpeg = Image.open(io.BytesIO(sample.jpeg_at(image, len(data))[0])).convert("RGB")
+        jpeg = codecs.decode(sample.largest_within(len(data), image, optimize=True)[0])
         rows.append((name, [detail(p) for p in (image, jpeg, sample.decompress(data, run.model, rho=0)[0], sample.decompress(data, run.model)[0])]))
     cell, font = 256 + 4, ImageFont.load_default(18)
     sheet = Image.new("RGB", (cell * len(rows) - 4, 30 + 4 * cell), "white")

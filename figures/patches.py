@@ -29,9 +29,6 @@ WAYS = [(False, context) for context in CONTEXTS] + [(True, 32), (True, 64)]    
 
 def flags(parser):
     """The flags of this script alone."""
-    parser.add_argument("--level", type=int, default=1, help="quality level of the model")
-    parser.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps")
-    parser.add_argument("--eta", type=float, help="of the sampler's schedule")
     parser.add_argument("--megapixels", type=float, nargs="+", default=[1, 4, 12, 24, 50], help="sizes to measure time and memory at")
 
 
@@ -67,7 +64,7 @@ def cost(run, megapixels, *flags):
 
 def main(argv=None):
     """Compare every way with the whole, show the worst and the default, time the default."""
-    run = common.Run("patches", __doc__, argv, flags)
+    run = common.Run("patches", __doc__, argv, flags, level=1, steps=hfd.STEPS, eta=None)
     args, image = run.args, run.images[0]
     _, x_hat = run.coded(args.level, 0)
     draw = lambda **how: hfd.sample_picture(run.model.diffusion, x_hat, args.level - 1, args.steps, seed=args.seed, eta=args.eta, **how)

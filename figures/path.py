@@ -23,8 +23,7 @@ def latent_sheet(k):
 @torch.no_grad()
 def main(argv=None):
     """Draw the diagram."""
-    run = common.Run("path", __doc__, argv, lambda parser: parser.add_argument(
-        "--level", type=int, default=1, help="quality level of the model"))
+    run = common.Run("path", __doc__, argv, level=1)
     image, level, model = run.images[0].crop(DETAIL), run.args.level - 1, run.model
     data, _ = sample.compress(image, model, run.args.level, run.args.seed)
     k, _ = sample.decode_latent(sample.parse(data, "path"), model, "path")

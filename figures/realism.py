@@ -17,13 +17,6 @@ RHO = tuple(i / 10 for i in range(11))
 DRAWS = (1, 2, 4, 8)
 
 
-def flags(parser):
-    """The flags of this script alone."""
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
-    parser.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps")
-    parser.add_argument("--eta", type=float, help="of the sampler's schedule")
-
-
 def knob(run, level, draws):
     """The `code` of common.Run.measure: every rho with the first sample, and means of the first N samples."""
     def code(i, image):
@@ -39,7 +32,7 @@ def knob(run, level, draws):
 
 def main(argv=None):
     """Measure, compare with the predictions, draw."""
-    run = common.Run("realism", __doc__, argv, flags)
+    run = common.Run("realism", __doc__, argv, levels=[1, 4], steps=hfd.STEPS, eta=None)
     draws = DRAWS[:2] if run.args.quick else DRAWS
     scores = {level: run.measure(f"level {level}", knob(run, level, draws)) for level in run.args.levels}
     error = lambda score: np.mean([10 ** (-psnr / 10) for psnr in score["psnr_each"]])      # mean squared error, of a range of 1
@@ -49,19 +42,15 @@ def main(argv=None):
         summary[level] = {name: round(value, 4) for name, value in ratio.items()}
         print(f"level {level}: squared error over the autoencoder's: rho 1 {ratio['rho 1']:.3f} (theory 2), " +
               ", ".join(f"mean of {n} {ratio[f'mean of {n}']:.3f} (theory {1 + 1 / n:.3f})" for n in draws))
-    numbers = ["fd", "psnr"] if run.features else ["psnr"]
-    figure, panels = common.axes(len(numbers) + 1, width=4.4)
-    for panel, number in zip(panels, numbers):
-        ends = []
-        for (colour, marker), (level, score) in zip(common.CYCLE, scores.items()):
-            y = [score[f"rho {rho:g}"][number] for rho in RHO]
-            panel.plot(RHO, y, color=colour, marker=marker)
-            ends.append((RHO[-1], y[-1], f"level {level}", colour))
+    figure, panels = common.axes(len(run.numbers) + 1, width=4.4)
+    for panel, number in zip(panels, run.numbers):
+        lines = {}
+        for look, (level, score) in zip(common.CYCLE, scores.items()):
+            lines[f"level {level}"] = (*look, "-", {rho: score[f"rho {rho:g}"] for rho in RHO})
             if number == "psnr":
-                theory = [y[0] - 10 * np.log10(1 + rho ** 2) for rho in RHO]
-                panel.plot(RHO, theory, color=colour, linestyle=":")
-                ends.append((RHO[-1], theory[-1], f"theory, level {level}", colour))
-        common.dress(panel, run, number, "rho", RHO[::2], ends, "linear")
+                theory = {rho: {"psnr": score["rho 0"]["psnr"] - 10 * np.log10(1 + rho ** 2)} for rho in RHO}
+                lines[f"theory, level {level}"] = look[0], "", ":", theory
+        common.curves(panel, run, number, lines, "rho", RHO[::2], "linear")
     ends = [(draws[-1], 1 + 1 / draws[-1], "theory, 1 + 1/N", common.GREY)]
     panels[-1].plot(draws, [1 + 1 / n for n in draws], color=common.GREY, linestyle=":")
     for (colour, marker), level in zip(common.CYCLE, scores):

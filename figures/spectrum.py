@@ -5,14 +5,12 @@
 0 dB is a photograph's own power at that spatial frequency. Squared error tells a decoder to leave out what it cannot know: the autoencoder falls off.
 JPEG does too, and adds its blocks at multiples of 1/8 cycles per pixel. The sampler's part is to bring the curve back to 0 dB, neither below nor above.
 """
-import io
-
 import numpy as np
 from PIL import Image
 
 import hfd
 import sample
-from figures import common
+from figures import codecs, common
 
 SIDE, BINS = 256, 64
 
@@ -33,7 +31,7 @@ def radial_power(image):
 
 def main(argv=None):
     """Average the spectra over all pictures, draw their ratios."""
-    run = common.Run("spectrum", __doc__, argv, lambda parser: parser.add_argument("--level", type=int, default=1, help="quality level of the model"))
+    run = common.Run("spectrum", __doc__, argv, level=1)
     level = run.args.level
 
     def compute():
@@ -42,7 +40,7 @@ def main(argv=None):
         for i, image in enumerate(run.images):
             data, x_hat = run.coded(level, i)
             x = hfd.sample_picture(run.model.diffusion, x_hat, level - 1, seed=run.args.seed + i)
-            jpeg = Image.open(io.BytesIO(sample.jpeg_at(image, len(data))[0])).convert("RGB")
+            jpeg = codecs.decode(sample.largest_within(len(data), image, optimize=True)[0])
             for name, picture in (("original", image), ("JPEG", jpeg), ("autoencoder", sample.to_image(x_hat, *image.size)),
                                   ("HFD", sample.to_image(x, *image.size))):
                 spectra.setdefault(name, []).append(radial_power(picture))

@@ -14,42 +14,34 @@ ENOUGH = 64                 # of steps; the paper's 250 are for ancestral sampli
 
 def flags(parser):
     """The flags of this script alone."""
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 4], help="quality levels of the model")
     parser.add_argument("--most", type=int, default=250, help="no more steps than this")
-    parser.add_argument("--eta", type=float, help="of the samplers' schedule; by default the level's own")
     parser.add_argument("--flow", metavar="FILE", help="a checkpoint with the same autoencoder, trained with --objective flow")
 
 
 def main(argv=None):
     """Sample with every sampler in every number of steps, print, draw."""
-    run = common.Run("steps", __doc__, argv, flags)
+    run = common.Run("steps", __doc__, argv, flags, levels=[1, 4], eta=None)
     steps = [n for n in STEPS if n <= run.args.most][::4 if run.args.quick else 1]
     nets = {name: (name, run.model.diffusion) for name in sorted(hfd.SAMPLERS)}
     if run.args.flow:           # an Euler step on the flow is a DDIM step on its schedule
         nets["flow"] = "ddim", hfd.load_model(run.args.flow, run.device).diffusion
     curves = {(level, name): {n: run.sampled(f"level {level}, {name}, {n} steps", level, net, steps=n, sampler=sampler, eta=run.args.eta)
                               for n in steps if n <= ENOUGH or name == "ddpm"} for level in run.args.levels for name, (sampler, net) in nets.items()}
-    numbers = ["fd", "psnr"] if run.features else ["psnr"]
     for (level, name), points in curves.items():
         for n, point in points.items():
-            print(f"level {level}, {name:5} {n:4} steps: " + ", ".join(f"{number} {point[number]:.2f}" for number in numbers) +
+            print(f"level {level}, {name:5} {n:4} steps: " + ", ".join(f"{number} {point[number]:.2f}" for number in run.numbers) +
                   f", {point['seconds']['diffusion']:.2f} s")
     # The paper draws many ancestral steps. Which is the cheapest way to within 5 % of their Frechet distance?
     cheapest = {level: {name: next((n for n, point in curves[level, name].items() if point["fd"] <= 1.05 * curves[level, "ddpm"][steps[-1]]["fd"]), None)
                         for name in nets} for level in run.args.levels if run.features}
     for level, few in cheapest.items():
         print(f"level {level}, fewest steps within 5 % of the Frechet distance of ddpm with {steps[-1]}: " + ", ".join(f"{name} {n}" for name, n in few.items()))
-    figure, panels = common.axes(len(numbers) + 1, width=4.4)
-    for panel, number in zip(panels, numbers + ["seconds"]):
-        ends = []
-        for (level, name), points in curves.items():
-            if number == "seconds" and level != run.args.levels[0]:
-                continue            # all levels cost the same
-            colour, marker = common.CYCLE[list(nets).index(name)]
-            y = [point["seconds"]["diffusion"] if number == "seconds" else point[number] for point in points.values()]
-            panel.plot(list(points), y, color=colour, marker=marker, linestyle="-" if level == run.args.levels[0] else "--")
-            ends.append((list(points)[-1], y[-1], name if number == "seconds" else f"{name}, level {level}", colour))
-        common.dress(panel, run, number, "steps", steps, ends)
+    figure, panels = common.axes(len(run.numbers) + 1, width=4.4)
+    for panel, number in zip(panels, run.numbers + ["seconds"]):
+        lines = {f"{name}, level {level}" if number != "seconds" else name: (
+            *common.CYCLE[list(nets).index(name)], "-" if level == run.args.levels[0] else "--", points)
+            for (level, name), points in curves.items() if number != "seconds" or level == run.args.levels[0]}      # all levels cost the same
+        common.curves(panel, run, number, lines, "steps", steps)
     run.finish(figure, fewest_steps_within_5_percent=cheapest)
 
 

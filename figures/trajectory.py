@@ -28,8 +28,7 @@ class Recorder:
 
 def main(argv=None):
     """Sample a detail of the portrait, and draw every stage of it as a strip and a GIF."""
-    run = common.Run("trajectory", __doc__, argv, lambda parser: parser.add_argument(
-        "--level", type=int, default=1, help="quality level of the model"))
+    run = common.Run("trajectory", __doc__, argv, level=1)
     image, level = run.images[0].crop((300, 420, 492, 564)), run.args.level - 1
     autoencoder, steps, columns = run.model.autoencoder, 20, 7
     x_hat = autoencoder.decode(autoencoder.encode(sample.to_tensor(image, run.device), level), level)

@@ -26,14 +26,14 @@ def flags(parser):
 
 def break_even(ours, theirs, number, model_bits, pixels):
     """For each of our points: from how many pictures on its bits, the model's share included, are fewer than the other codec needs for
-    the same `number`, on the line between its points. None where it never happens, or the other codec has no such point."""
+    the same `number`, on the line between its points. "never" where it needs fewer anyway; None where it has no such point."""
     def one(point):
-        """The number of pictures for one of our points, or None."""
+        """The number of pictures for one of our points, "never" or None."""
         x, rates = zip(*sorted((p[number], p["bpp"]) for p in theirs))
         if not x[0] <= point[number] <= x[-1]:
             return None
         saved = float(np.exp(np.interp(point[number], x, np.log(rates)))) - point["bpp"]
-        return int(np.ceil(model_bits / (saved * pixels))) if saved > 0 else None
+        return int(np.ceil(model_bits / (saved * pixels))) if saved > 0 else "never"
     return [one(point) for point in ours]
 
 
@@ -70,7 +70,7 @@ def main(argv=None):
             if number in ours[name][0]:
                 summary[f"{name}, equal {number}, {codec}"] = break_even(ours[name], theirs, number, model_bits, pixels)
     for name, pictures in summary.items():
-        print(f"{name}: " + ", ".join(f"level {i + 1} " + ("never" if n is None else f"from {n} pictures") for i, n in enumerate(pictures)))
+        print(f"{name}: " + ", ".join(f"level {i + 1} {'-' if n is None else n}" for i, n in enumerate(pictures)) + " pictures")
     cost = run.point("computing", lambda: {"per_megapixel": computing(run)})["per_megapixel"]
     for name, c in cost.items():
         print(f"{name:36} {c['gmac']:9.1f} GMAC, {c['seconds']:7.2f} s per megapixel")

@@ -1,5 +1,7 @@
 """What the tests share: a picture drawn on the spot, and a model so small that it decodes in milliseconds."""
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,18 @@ import train
 def photo():
     """A drawn picture with a photograph's statistics and sides that are no multiples of anything: 100x75."""
     return Image.fromarray(train.dead_leaves(100, np.random.default_rng(0))).crop((0, 0, 100, 75))
+
+
+def sealed(payload, quality=1, block=0, width=32, height=16, seed=0, identity=bytes(4), version=sample.VERSION):
+    """A file that says what we like, with a checksum that is right."""
+    header = sample.HEADER.pack(sample.MAGIC, version, quality, block, width, height, seed, identity)
+    return header + struct.pack(">I", zlib.crc32(header + payload)) + payload
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model):
+    """The tiny checkpoint, loaded."""
+    return hfd.load_model(tiny_model)
 
 
 @pytest.fixture(scope="session")

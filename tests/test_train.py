@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import hfd
 import train
 
 ROOT = Path(train.__file__).parent
+KILLS = int(os.environ.get("KILLS", 4))     # KILLS=60 python -m pytest -s -k kill: for longer
 TINY = ["--batch", "4", "--crop", "32", "--device", "cpu", "--warmup", "5", "--log-every", "5"]
 
 
@@ -110,7 +108,7 @@ def test_training_learns(small_networks, tmp_path, capsys):
     for steps in (1, 100):
         out = str(tmp_path / f"{steps}.pt")
         train.main(["autoencoder", "--steps", str(steps), "--out", out, *TINY, "--log-every", "20", "--lr", "0.003"])
-        model = hfd.load_model(out, torch.device("cpu")).autoencoder
+        model = hfd.load_model(out).autoencoder
         photos = train.Photos(None, 64, torch.device("cpu"), 100, seed=99)
         torch.manual_seed(0)
         loss[steps] = model(photos.crops(32, 64), torch.arange(32) % 2)["loss"].mean().item()
@@ -129,8 +127,8 @@ def test_checkpoint_rebuilds_its_model(small_networks, folder, tmp_path):
     train.main(["autoencoder", "--images", folder, "--steps", "2", "--out", ae, *TINY])
     train.main(["diffusion", "--autoencoder", ae, "--images", folder, "--steps", "2", "--out", full, *TINY])
     train.main(["export", full, small])
-    first, second = (hfd.load_model(name, torch.device("cpu")) for name in (full, small))
-    assert first.identity == hfd.load_model(ae, torch.device("cpu")).identity      # stage 2 leaves the files' model alone
+    first, second = (hfd.load_model(name) for name in (full, small))
+    assert first.identity == hfd.load_model(ae).identity      # stage 2 leaves the files' model alone
     assert second.diffusion.config == first.diffusion.config and second.recipe["diffusion"]["steps"] == 2
     assert "--autoencoder" in second.recipe["diffusion"]["command"] and second.recipe["autoencoder"]["data"].startswith("3 pictures")
     for a, b in zip(first.diffusion.state_dict().values(), second.diffusion.state_dict().values()):
@@ -143,7 +141,6 @@ def test_nan_stops_with_a_message(small_networks, folder, tmp_path):
     out = str(tmp_path / "ae.pt")
     args = ["autoencoder", "--images", folder, "--out", out, *TINY]
     train.main([*args, "--steps", "3"])
-    before = Path(out).read_bytes()
     packed = torch.load(out, weights_only=True)
     packed["training"]["model"]["log_step"][:] = float("nan")
     torch.save(packed, out)
@@ -214,7 +211,7 @@ def kill_often(folder, tmp_path, kills, seed=0):
         if not saved[-1]:           # killed before the first checkpoint was complete: nothing to lose yet
             saved.pop()
             continue
-        hfd.load_model(out, torch.device("cpu"))
+        hfd.load_model(out)
         assert saved[-1] >= max([0] + saved[:-1])
         if printed:
             assert saved[-1] > int(printed[-1].split()[1].split("/")[0]) - 2 * every     # one interval, and the one being written
@@ -223,7 +220,8 @@ def kill_often(folder, tmp_path, kills, seed=0):
 
 def test_kill_leaves_a_checkpoint_that_loads(folder, tmp_path):
     """SIGKILL at any moment, also while a checkpoint is being written, loses at most an interval, and leaves no litter for good."""
-    saved = kill_often(folder, tmp_path, 4)
+    saved = kill_often(folder, tmp_path, KILLS)
+    print(f"killed {KILLS} times, {len(saved)} times after a first checkpoint; reached step {saved[-1]}; every checkpoint loaded")
     assert len(saved) >= 2 and saved[-1] > saved[0]
     wait_for(process := start(["autoencoder", "--images", folder, "--steps", str(saved[-1] + 4), "--out", str(tmp_path / "ae.pt"), "--resume",
                                *TINY], tmp_path), "finished")
@@ -246,12 +244,4 @@ def test_cuda_trains(small_networks, folder, tmp_path):
     """The same command trains on a GPU, and the checkpoint loads on a CPU."""
     out = str(tmp_path / "ae.pt")
     train.main(["autoencoder", "--images", folder, "--steps", "5", "--out", out, *TINY, "--device", "cuda"])
-    assert hfd.load_model(out, torch.device("cpu")).identity
-
-
-if __name__ == "__main__":          # python tests/test_train.py KILLS: as test_kill_leaves_a_checkpoint_that_loads, for longer
-    with tempfile.TemporaryDirectory() as desk:
-        Path(desk, "photos").mkdir()
-        Image.fromarray(train.dead_leaves(100, np.random.default_rng(0))).save(Path(desk, "photos", "a.png"))
-        steps = kill_often(str(Path(desk, "photos")), Path(desk), int(sys.argv[1]))
-        print(f"killed {sys.argv[1]} times, {len(steps)} times after a first checkpoint; reached step {steps[-1]}; every checkpoint loaded")
+    assert hfd.load_model(out).identity
