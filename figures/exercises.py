@@ -46,6 +46,18 @@ def knobs(image, model):
         print(f"7. map {energy}: texture {gradient(sample.to_image(x, *image.size)):.2f}")
 
 
+def towards_zero(autoencoder, k, x, q, tables):
+    """Exercise 10: the latent k (1, M, h, w) of x at level q, with those symbols one nearer to zero for which that lowers rate + lambda * error, if
+    the transform were orthonormal."""
+    level, k = torch.tensor([q]), k.float()
+    step = autoencoder.step(level)                                                                  # (1, M, 1, 1)
+    stretch = torch.tensor(entropy.SCALES)[torch.from_numpy(entropy.choose_scales(k[0].int().numpy(), tables, q))]     # (h, w)
+    price = autoencoder.config.lambdas[q] * 127.5 ** 2 / 3
+    cost = lambda k: (autoencoder.prior.bits(k * step / stretch, step / stretch) +
+                      price * (autoencoder.dequantize(k, level) - autoencoder.analysis(x, level)).square())     # (1, M, h, w)
+    return torch.where(cost(k - k.sign()) < cost(k), k - k.sign(), k).int()
+
+
 def bits(image, model):
     """Exercises 5, 6, 8 and 10: what the autoencoder's and the coder's parts are worth, level by level."""
     autoencoder, x = model.autoencoder, sample.to_tensor(image, hfd.device_of(model))
@@ -66,6 +78,11 @@ def bits(image, model):
         print("8. 16 bits: " + show(100 * (size(entropy.freeze(autoencoder.prior, autoencoder.log_step.exp())) / bytes_before - 1)) + " % of the bytes")
     finally:
         entropy.choose_scales, entropy.PRECISION, entropy.TOTAL = choose, precision, 1 << precision
+    rounded = [towards_zero(autoencoder, k, x, q, model.tables) for q, k in enumerate(latents)]
+    objective = lambda k, q: sum(a * b.item() for a, b in zip((1, autoencoder.config.lambdas[q]), autoencoder.cost(k.float(), k.float(), x, torch.tensor([q]))))
+    for name, each in (("bytes", [len(entropy.encode(k[0].numpy(), model.tables, q)) / n - 1 for (q, k), n in zip(enumerate(rounded), bytes_before)]),
+                       ("rate + lambda * error", [objective(b, q) / objective(a, q) - 1 for q, (a, b) in enumerate(zip(latents, rounded))])):
+        print("10. rounding towards zero: " + show(100 * value for value in each) + f" % of the {name}")
     k = autoencoder.encode(x, LEVEL - 1, refine=60)
     latents[LEVEL - 1] = k
     print(f"10. --refine 60, level {LEVEL}: {100 * (size(model.tables) / bytes_before - 1)[LEVEL - 1]:+.2f} % of the bytes, "
@@ -79,7 +96,7 @@ def main(argv=None):
     parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint")
     parser.add_argument("--quick", action="store_true", help="on a corner of the portrait")
     args = parser.parse_args(argv)
-    model, (_, image) = hfd.load_model(args.model, hfd.pick_device()), common.pictures(quick=args.quick)[0]
+    model, (_, image) = hfd.load_model(args.model), common.pictures(quick=args.quick)[0]
     knobs(image, model)
     bits(image, model)
 

@@ -8,7 +8,7 @@ of the network for every pixel, so steps are the cost of decoding, whatever the 
 import hfd
 from figures import common
 
-STEPS = (1, 2, 4, 8, 16, 32, 64, 125, 250)
+STEPS = (1, 2, 4, 6, 8, 16, 32, 64, 125, 250)
 ENOUGH = 64                 # of steps; the paper's 250 are for ancestral sampling alone
 
 

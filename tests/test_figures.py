@@ -212,7 +212,7 @@ def quick_results(tiny_model, tmp_path_factory):
     results = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "efficientnet", lambda device: ("stand-in", texture))
-        for name, flags in (("eta", "--levels 1 3 --steps 2"), ("steps", "--levels 1 3 --most 16"), ("realism", "--levels 1"), ("spectrum", ""),
+        for name, flags in (("eta", "--levels 1 3 --steps 2"), ("steps", "--levels 1 3 --most 8"), ("realism", "--levels 1"), ("spectrum", ""),
                             ("patches", "--megapixels 0.1"), ("hfd_plus", "--levels 1 2"), ("other_domains", "")):
             script = importlib.import_module(f"figures.{name}")
             script.main(["--quick", "--model", tiny_model, "--out", str(out), *flags.split()])
@@ -235,10 +235,10 @@ def test_one_step_is_the_same_for_every_sampler(quick_results):
     """With a single step all samplers return the denoiser's first answer, so their scores agree; with more they do not."""
     points = quick_results["steps"]["points"]
     first = {points[f"level 1, {name}, 1 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
-    later = {points[f"level 1, {name}, 16 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
+    later = {points[f"level 1, {name}, 8 steps"]["variants"]["HFD"]["psnr"] for name in hfd.SAMPLERS}
     assert len(first) == 1 and len(later) == 3
-    fd = {n: points[f"level 1, ddpm, {n} steps"]["variants"]["HFD"]["fd"] for n in (1, 16)}
-    assert quick_results["steps"]["fewest_steps_within_5_percent"]["1"]["ddpm"] == (1 if fd[1] <= 1.05 * fd[16] else 16)
+    fd = {n: points[f"level 1, ddpm, {n} steps"]["variants"]["HFD"]["fd"] for n in (1, 8)}
+    assert quick_results["steps"]["fewest_steps_within_5_percent"]["1"]["ddpm"] == (1 if fd[1] <= 1.05 * fd[8] else 8)
 
 
 def test_the_knob_ends_at_the_autoencoder(quick_results):
@@ -373,5 +373,5 @@ def test_exercises_have_answers(tiny_model, capsys):
     """The answers' numbers come out of one command, in order; exact context changes no pixel, and one scale for all costs bytes."""
     exercises.main(["--quick", "--model", tiny_model])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(".")[0] for line in lines] == list("1112344477775") + ["6", "8", "10"]
+    assert [line.split(".")[0] for line in lines] == list("1112344477775") + ["6", "8", "10", "10", "10"]
     assert "worst pixel 0 / 255" in lines[2] and entropy.PRECISION == 24
