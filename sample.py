@@ -75,7 +75,8 @@ def open_picture(path):
             image = image if image.mode in ("RGB", "CMYK") else image.convert("RGB")
             if profile and b"sRGB" not in profile.replace(b"\0", b""):          # the names in profiles are ASCII or UTF-16
                 try:
-                    image = ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB")
+                    source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+                    image = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
                     remarks.append("colours are converted to sRGB")
                 except (ImageCms.PyCMSError, OSError):
                     remarks.append("its colour profile cannot be used; colours are taken for sRGB")
