@@ -140,7 +140,7 @@ class Analysis(nn.Module):
     def forward(self, x, q):
         """x: (B, 3, H, W) in [-1, 1], sides multiples of 16; q: (B,) levels. Returns y in float32."""
         x = x.contiguous(memory_format=torch.channels_last)                                     # (B, 3, H, W)
-        return self.linear(x).float() + self.deep(x, q).float()                       # (B, M, H/16, W/16)
+        return self.linear(x).float() + self.deep(x, q).float()                                 # (B, M, H/16, W/16)
 
 
 class Synthesis(nn.Module):
@@ -167,7 +167,7 @@ class Synthesis(nn.Module):
     def forward(self, y, q):
         """y: (B, M, h, w), dequantized; q: (B,) levels. Returns x_hat in float32, not yet clamped to [-1, 1]."""
         y = y.contiguous(memory_format=torch.channels_last)                                     # (B, M, h, w)
-        return self.linear(y).float() + self.deep(y, q).float()                       # (B, 3, 16 h, 16 w)
+        return self.linear(y).float() + self.deep(y, q).float()                                 # (B, 3, 16 h, 16 w)
 
 
 class Autoencoder(nn.Module):

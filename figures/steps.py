@@ -38,9 +38,13 @@ def main(argv=None):
         print(f"level {level}, fewest steps within 5 % of the Frechet distance of ddpm with {steps[-1]}: " + ", ".join(f"{name} {n}" for name, n in few.items()))
     figure, panels = common.axes(len(run.numbers) + 1, width=4.4)
     for panel, number in zip(panels, run.numbers + ["seconds"]):
-        lines = {f"{name}, level {level}" if number != "seconds" else name: (
-            *common.CYCLE[list(nets).index(name)], "-" if level == run.args.levels[0] else "--", points)
-            for (level, name), points in curves.items() if number != "seconds" or level == run.args.levels[0]}      # all levels cost the same
+        lines = {}
+        for (level, name), points in curves.items():
+            style = *common.CYCLE[list(nets).index(name)], "-" if level == run.args.levels[0] else "--"
+            if number != "seconds":
+                lines[f"{name}, level {level}"] = *style, points
+            elif level == run.args.levels[-1]:              # all levels cost the same
+                lines[name] = *style, points
         common.curves(panel, run, number, lines, "steps", steps)
     run.finish(figure, fewest_steps_within_5_percent=cheapest)
 
