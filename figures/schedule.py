@@ -5,11 +5,6 @@
 HFD shifts the cosine schedule by eta: at every t there is less noise in z_t than text-to-image models use, because x_hat already tells
 what is where. The pictures show a detail of the portrait at the same three times under three schedules.
 """
-import argparse
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -22,8 +17,8 @@ SHOWN, TIMES = (1.0, 0.5, 0.25), (0.25, 0.5, 0.75)
 DETAIL = (175, 15, 335, 175)
 
 
-def draw(image, seed):
-    """(matplotlib figure, numbers): three panels of curves above, z_t of a PIL picture below."""
+def draw(image, detail, seed):
+    """(matplotlib figure, numbers): three panels of curves above, z_t of a detail (left, top, right, bottom) of a PIL picture below."""
     figure, panels = common.axes(3, width=3.4, height=4.4)
     figure.clear()
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.55, 1))
@@ -40,32 +35,26 @@ def draw(image, seed):
         panel.set(title=name, xlabel="time t")
     for i, (eta, colour) in enumerate(ETAS.items()):
         panels[0].annotate(f"eta = {eta}", (0.97, 0.93 - 0.09 * i), xycoords="axes fraction", color=colour, ha="right")
-    x = sample.to_tensor(image.crop(DETAIL), "cpu")                                                 # (1, 3, 160, 160)
+    x = sample.to_tensor(image.crop(detail), "cpu")                                                 # (1, 3, 160, 160)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     cells = bottom.subplots(1, len(SHOWN) * len(TIMES))
     for n, cell in enumerate(cells):
         eta, time = SHOWN[n // len(TIMES)], TIMES[n % len(TIMES)]
         alpha, sigma = hfd.alpha_sigma(hfd.log_snr_at(time, eta))
-        cell.imshow(np.asarray(sample.to_image((alpha * x + sigma * eps).float().clamp(-1, 1), *image.crop(DETAIL).size)))
+        cell.imshow(np.asarray(sample.to_image((alpha * x + sigma * eps).float().clamp(-1, 1), *image.crop(detail).size)))
         cell.set_title(f"eta = {eta}\nt = {time}", color=ETAS[eta], fontsize=8)
         cell.axis("off")
     return figure, numbers
 
 
 def main(argv=None):
-    """Draw the figure and write its numbers."""
-    parser = argparse.ArgumentParser(prog="python -m figures.schedule", description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", metavar="DIR", default="runs/figures", help="folder for schedule.png and schedule.json")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    args = parser.parse_args(argv)
-    os.makedirs(args.out, exist_ok=True)
-    (_, image), *_ = common.pictures()
-    figure, numbers = draw(image, args.seed)
-    hfd.write_atomically(str(Path(args.out, "schedule.png")), lambda f: figure.savefig(f, format="png"))
-    text = json.dumps({"command": parser.prog, "seed": args.seed, "at t = 1/2, by eta": numbers}, indent=1) + "\n"
-    hfd.write_atomically(str(Path(args.out, "schedule.json")), lambda f: f.write(text.encode()))
-    print(text + f"wrote {args.out}/schedule.png and schedule.json")
+    """Draw the figure, print its numbers."""
+    run = common.Run("schedule", __doc__, argv)
+    image = run.images[0]
+    figure, numbers = draw(image, DETAIL if image.size == (512, 600) else (0, 0, min(160, image.width), min(160, image.height)), run.args.seed)
+    for eta, values in numbers.items():
+        print(f"eta {eta:g}, t = 1/2: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    run.finish(figure, at_t_one_half_by_eta=numbers)
 
 
 if __name__ == "__main__":

