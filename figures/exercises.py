@@ -60,10 +60,10 @@ def towards_zero(autoencoder, k, x, q, tables):
 
 def bits(image, model):
     """Exercises 5, 6, 8 and 10: what the autoencoder's and the coder's parts are worth, level by level."""
-    autoencoder, x = model.autoencoder, sample.to_tensor(image, hfd.device_of(model))
+    autoencoder, x = model.autoencoder, sample.to_tensor(image, "cpu")                              # (1, 3, H', W')
     levels = range(len(autoencoder.config.lambdas))
     latents = [autoencoder.encode(x, q) for q in levels]
-    size = lambda tables: np.array([len(entropy.encode(k[0].cpu().numpy(), tables, q)) for q, k in enumerate(latents)])
+    size = lambda tables, latents=latents: np.array([len(entropy.encode(k[0].numpy(), tables, q)) for q, k in enumerate(latents)])
     psnr = lambda k, q: sample.psnr(image, sample.to_image(autoencoder.decode(k, q), *image.size))
     show = lambda values: ", ".join(f"{value:+.2f}" for value in values)
     before, bytes_before, offset = [psnr(k, q) for q, k in enumerate(latents)], size(model.tables), autoencoder.offset.data.clone()
@@ -79,10 +79,14 @@ def bits(image, model):
     finally:
         entropy.choose_scales, entropy.PRECISION, entropy.TOTAL = choose, precision, 1 << precision
     rounded = [towards_zero(autoencoder, k, x, q, model.tables) for q, k in enumerate(latents)]
-    objective = lambda k, q: sum(a * b.item() for a, b in zip((1, autoencoder.config.lambdas[q]), autoencoder.cost(k.float(), k.float(), x, torch.tensor([q]))))
-    for name, each in (("bytes", [len(entropy.encode(k[0].numpy(), model.tables, q)) / n - 1 for (q, k), n in zip(enumerate(rounded), bytes_before)]),
-                       ("rate + lambda * error", [objective(b, q) / objective(a, q) - 1 for q, (a, b) in enumerate(zip(latents, rounded))])):
-        print("10. rounding towards zero: " + show(100 * value for value in each) + f" % of the {name}")
+
+    def objective(k, q):
+        """What training minimises, of this one picture."""
+        bpp, mse = autoencoder.cost(k.float(), k.float(), x, torch.tensor([q]))                     # (1,) each
+        return (bpp + autoencoder.config.lambdas[q] * mse).item()
+    print("10. rounding towards zero: " + show(100 * (size(model.tables, rounded) / bytes_before - 1)) + " % of the bytes")
+    print("10. rounding towards zero: " + show(100 * (objective(b, q) / objective(a, q) - 1) for q, (a, b) in enumerate(zip(latents, rounded))) +
+          " % of rate + lambda * error")
     k = autoencoder.encode(x, LEVEL - 1, refine=60)
     latents[LEVEL - 1] = k
     print(f"10. --refine 60, level {LEVEL}: {100 * (size(model.tables) / bytes_before - 1)[LEVEL - 1]:+.2f} % of the bytes, "

@@ -51,7 +51,7 @@ def main(argv=None):
     """Draw the figure, print its numbers."""
     run = common.Run("schedule", __doc__, argv)
     image = run.images[0]
-    figure, numbers = draw(image, DETAIL if image.size == (512, 600) else (0, 0, min(160, image.width), min(160, image.height)), run.args.seed)
+    figure, numbers = draw(image, DETAIL if image.size == (512, 600) else (0, 0, 160, 160), run.args.seed)
     for eta, values in numbers.items():
         print(f"eta {eta:g}, t = 1/2: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
     run.finish(figure, at_t_one_half_by_eta=numbers)
