@@ -23,6 +23,7 @@ import resource
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -301,7 +302,7 @@ def alpha_sigma(log_snr):
 
 def shifted(noise, signal, eta):
     """The log SNR of noise and signal in these proportions, with a factor eta on the noise: -2 log(eta * noise / signal), within +-15."""
-    return (-2 * (math.log(eta) + torch.log(noise.clamp_min(1e-9)) - torch.log(signal.clamp_min(1e-9)))).clamp(-15, 15)
+    return (-2 * torch.log(eta * noise / signal)).clamp(-15, 15)
 
 
 def as_time(t):
@@ -312,10 +313,10 @@ def as_time(t):
 def log_snr_at(t, eta):
     """The shifted cosine schedule: log_snr(t; eta) = -2 log(eta * tan(pi t / 2)), clamped to +-15 at the ends.
 
-    eta = 1 is the cosine schedule (Nichol & Dhariwal 2021, without their offset; as a log SNR in Hoogeboom et al. 2023). A factor eta
-    on sigma / alpha moves all of it by -2 log eta. HFD (paper, section on the noise schedule) uses eta = 0.5, *less* noise: x_hat
-    already holds the global structure, and what is left to decide is fine detail, which little noise is enough to hide. (Text to
-    image shifts the other way, Hoogeboom et al. 2023: there the structure must be invented too.)
+    eta = 1 is the cosine schedule (Nichol & Dhariwal 2021, without their offset; as a log SNR in *simple diffusion*, Hoogeboom et
+    al. 2023). A factor eta on sigma / alpha moves all of it by -2 log eta. HFD (paper, section on the noise schedule) uses
+    eta = 0.5, *less* noise: x_hat already holds the global structure, and what is left to decide is fine detail, which little noise
+    is enough to hide. (Text to image shifts the other way, *simple diffusion* again: there the structure must be invented too.)
 
     t: float or tensor in [0, 1]. Returns a tensor of its shape."""
     t = as_time(t)      # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): both stay positive up to the ends
@@ -476,7 +477,7 @@ class Diffusion(nn.Module):
         self.net = UNet(12 + 12 + 2, 24 if config.preconditioned else 12, config.widths, config.blocks, config.levels)
         self.register_buffer("residual_std", torch.full((config.levels, 12), 0.1))              # (Q, 12) rms of x - x_hat
 
-    def split(self, z, x_hat, log_snr, q):
+    def closed_form(self, z, x_hat, log_snr, q):
         """What is known of v in closed form: (mean, std, whitened residual), so that v = mean + std * (something of size 1).
 
         Suppose x ~ N(x_hat, s^2), independently for each pixel, with an s of its own for each plane and level: that is all that
@@ -499,7 +500,7 @@ class Diffusion(nn.Module):
         hints = F.interpolate(torch.cat([(energy - 4) / 4 * there, there], dim=1), size=z.shape[2:], mode="nearest")  # (B, 2, h, w)
         if not self.config.preconditioned:
             return self.net(torch.cat([z, x_hat, hints], dim=1), log_snr, q)
-        mean, std, whitened = self.split(z, x_hat, log_snr, q)                                  # (B, 12, h, w) each
+        mean, std, whitened = self.closed_form(z, x_hat, log_snr, q)                            # (B, 12, h, w) each
         # In truth s is not the same everywhere: large in grass, next to nothing in the sky. Were it known for each pixel, E[v | z]
         # would still be linear in d, only with another slope. So the network gives two numbers for each: a gain that corrects the
         # slope, which in the sky takes all noise out again, and a shift for what a slope cannot say.
@@ -524,15 +525,16 @@ class Diffusion(nn.Module):
         alpha, sigma = alpha_sigma(log_snr[:, None, None, None])                                # (B, 1, 1, 1)
         # HFD+: half of the pictures come with a map, in blocks of 16, 32 or 64, the others without.
         block = 16 << int(torch.randint(3, ()))
-        energy = residual_energy(x, x_hat, self.residual_std[q], block)
-        energy = torch.where(torch.rand(B, 1, 1, 1, device=x.device) < 0.5, energy, torch.full_like(energy, -1))
+        energy = residual_energy(x, x_hat, self.residual_std[q], block)                         # (B, 1, H/block, W/block), rounded up
+        energy = energy.repeat_interleave(block // 2, 2).repeat_interleave(block // 2, 3)[..., :x.shape[2] // 2, :x.shape[3] // 2]
+        energy = torch.where(torch.rand(B, 1, 1, 1, device=x.device) < 0.5, energy, -1.0)       # (B, 1, H/2, W/2)
         x, x_hat = to_planes(x), to_planes(x_hat)                                               # (B, 12, H/2, W/2)
         eps = torch.randn_like(x)
         z, v = alpha * x + sigma * eps, alpha * eps - sigma * x                                 # (B, 12, H/2, W/2)
         weight = 1.0
         if self.config.preconditioned:
             s = self.residual_std[q][:, :, None, None]                                          # (B, 12, 1, 1)
-            weight = s / s.mean(dim=1, keepdim=True) / self.split(z, x_hat, log_snr, q)[1] ** 2         # (B, 12, 1, 1)
+            weight = s / s.mean(dim=1, keepdim=True) / self.closed_form(z, x_hat, log_snr, q)[1] ** 2   # (B, 12, 1, 1)
         elif self.config.objective == "flow":
             weight = (alpha + sigma) ** 2                           # see flow_log_snr_at
         return (weight * (self.velocity(z, x_hat, log_snr, q, energy) - v).square()).mean()
@@ -581,8 +583,8 @@ def sample(predict_x, steps, sampler, schedule, noise, on_step=lambda step: None
         if sampler == "dpm":
             # DPM-Solver++(2M) (Lu et al. 2022): DDIM treats x as constant during a step, though the denoiser's x moves
             # with the noise. So continue the line through its last two values to the middle of this step, on the
-            # log_snr axis: second order, at the price of remembering one picture.
-            if x_before is not None:
+            # log_snr axis: second order, at the price of remembering one picture. (Where the schedule is clamped, nothing has moved.)
+            if x_before is not None and log_snr_t > log_snr_before:
                 ratio = (log_snr_s - log_snr_t) / (log_snr_t - log_snr_before)
                 target = torch.lerp(x, x_before, float(-ratio / 2))                             # x + ratio / 2 (x - x_before)
             x_before, log_snr_before = x.clone(), log_snr_t         # a copy, for predict_x may write into its canvas again
@@ -643,10 +645,10 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
     """Sample a whole picture of any size, patch by patch, given x_hat (1, 3, H, W), sides multiples of 16.
 
     The patches move in step: each denoising step visits all of them, evaluates every one with `context` pixels around
-    it, and keeps its centre; then the whole canvas goes on to the next noise level. So neighbours always agree on what is
-    between them, no seam can form, and with a context of the U-Net's receptive field radius this *is* sampling
-    the whole picture at once, at the memory of one patch. All noise is drawn on the CPU from `seed`, for the canvas at
-    once, whatever the device and the patches.
+    it, and keeps its centre; then the whole canvas goes on to the next noise level. So neighbours see the same noise and, the more
+    context they have, agree on what is between them: with a context of the U-Net's receptive field radius this *is* sampling
+    the whole picture at once, at the memory of one patch; with none, seams show. All noise is drawn on the CPU from `seed`,
+    for the canvas at once, whatever the device and the patches.
 
     grouped: work as the paper does instead, for it may not rely on a local network. Four groups of patches that do not touch
     take turns, each going all the way from noise to picture. The later see around them what the earlier made: there the
@@ -736,13 +738,10 @@ class Model:
 
 
 def fingerprint(*tensor_dicts):
-    """SHA-256, as bytes, over the values of all tensors in the dictionaries, in order. ValueError for a tensor that claims more than it
-    stores: by a stride of zero, a few bytes in a forged file can stand for terabytes."""
+    """SHA-256, as bytes, over the values of all tensors in the dictionaries, in order."""
     digest = hashlib.sha256()
     for tensors in tensor_dicts:
         for tensor in tensors.values():
-            if tensor.nbytes > tensor.untyped_storage().nbytes():
-                raise ValueError("one of its tensors is not stored in full")
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.digest()
 
@@ -765,8 +764,11 @@ def pack(autoencoder, tables, diffusion, recipe, half=False):
 def read_checkpoint(path):
     """The dictionary in a checkpoint file. HFDError if it is not one; nothing in the file is ever executed."""
     if not os.path.isfile(path):
-        raise HFDError(f"{path}: no such checkpoint. Train one (python train.py --help) or name one with --model")
+        raise HFDError(f"{path}: no such checkpoint. Train one (python train.py --help) or name another")
     try:
+        with zipfile.ZipFile(path) as archive:              # torch.save compresses nothing; what unpacks to more than it is, is a trap
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise ValueError
         with warnings.catch_warnings(action="ignore"):      # torch's remarks on foreign pickles; they are refused anyway
             packed = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # the many ways in which a damaged or foreign file can fail to unpickle
@@ -797,13 +799,18 @@ def load_model(path, device="cpu"):
     try:
         tables, recipe = Tables(**packed["tables"]), packed["recipe"]
         first, second = packed["autoencoder"], packed["diffusion"]
+        # By a stride of zero, or by sharing, a few bytes in a forged file can stand for terabytes.
+        if sum(t.nbytes for part in (packed["tables"], first["weights"], second["weights"]) for t in part.values()) > os.path.getsize(path):
+            raise ValueError("not all of its tensors are stored in full")
+        if not all(isinstance(part, dict) for part in recipe.values()):
+            raise ValueError("its recipe cannot be read")
         if packed["digest"] != fingerprint(packed["tables"], first["weights"], second["weights"]):
             raise ValueError("its digest does not match")
         autoencoder, diffusion = rebuild(Autoencoder, AutoencoderConfig(**first["config"]), first["weights"]), None
         fits = tables.validate().low[:, 0].shape == autoencoder.log_step.shape                  # (Q, M) both
         if second["weights"]:                               # there are none before stage 2
             diffusion = rebuild(Diffusion, DiffusionConfig(**second["config"]), second["weights"])
-            fits = fits and diffusion.config.levels == len(autoencoder.log_step)
+            fits = fits and diffusion.config.levels == len(autoencoder.log_step) and diffusion.config.objective in SCHEDULES
         if not fits:
             raise ValueError("its parts do not belong together")
         identity = fingerprint(autoencoder.state_dict(), packed["tables"])[:4]
@@ -833,8 +840,8 @@ def pick_device(name="auto"):
 
 def clock(device):
     """Seconds, once the device has done what it was asked: a GPU answers before it has worked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

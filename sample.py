@@ -189,10 +189,10 @@ def parse(data, name):
             "block": 1 << block if block else 0, "energy": energy, "payload": payload}
 
 
-def need_diffusion(model):
-    """Refuse what only stage 2 can do."""
+def need_diffusion(model, instead=""):
+    """Refuse what only stage 2 can do. instead: what else the user might want."""
     if model.diffusion is None:
-        raise HFDError("this checkpoint has no diffusion model yet; use --rho 0, or train one (python train.py diffusion --help)")
+        raise HFDError(f"this checkpoint has no diffusion model yet; {instead}train one (python train.py diffusion --help)")
 
 
 def decode_latent(header, model, name):
@@ -230,7 +230,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
     x_hat = model.autoencoder.decode(k, q)
     clock.append(hfd.clock(device))
     if rho > 0:
-        need_diffusion(model)
+        need_diffusion(model, "use --rho 0, or ")
         seed = header["seed"] if seed is None else seed
         x = hfd.sample_picture(model.diffusion, x_hat, q, seed=seed, energy=energy, **settings)
         x_hat.lerp_(x, rho)
@@ -311,13 +311,12 @@ def run_info(args):
     if args.model:
         model = hfd.load_model(args.model)
         print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
-        for part, network in (("autoencoder", model.autoencoder), ("diffusion", model.diffusion), ("measured", None)):
-            about = "" if part in model.recipe else "nothing yet"
-            if network:
-                about = f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters, {network.config}"
-            print(f"{part}: {about}")
-            for name, value in model.recipe.get(part, {}).items():
-                print(f"  {name:10} {value}")
+        networks = {"autoencoder": model.autoencoder, "diffusion": model.diffusion, "measured": None}
+        for part, network in networks.items():
+            size = f" {sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters, {network.config}" if network else ""
+            print(f"{part}:" + (size if part in model.recipe else " nothing yet"))
+            for name, value in model.recipe.get(part, {}).items():      # (text from a stranger must not steer the terminal)
+                print("  " + "".join(c if c.isprintable() else "?" for c in f"{name:10} {value}"))
         return
     data = read_file(args.input)
     header = parse(data, args.input)
@@ -355,6 +354,9 @@ def contact_sheet(pictures, detail, zoom):
     return sheet
 
 
+DETAIL = (325, 440, 453, 552)        # of the portrait: cloth and ribbons
+
+
 def run_demo(args):
     """demo: the whole path on a portrait, beside a JPEG of as many bytes."""
     from matplotlib.cbook import get_sample_data        # here, since nothing else needs matplotlib
@@ -382,9 +384,6 @@ def run_demo(args):
     print(f"bpp of the HFD file: {report['estimated']:.4f} estimated, {report['payload']:.4f} payload, {report['file']:.4f} file")
     print("seconds: " + ", ".join(f"{n} {s:.2f}" for n, s in (report["seconds"] | decoding["seconds"]).items()))
     print("wrote " + ", ".join(paths))
-
-
-DETAIL = (325, 440, 453, 552)        # of the portrait: cloth and ribbons
 
 
 def command_line():

@@ -1,9 +1,11 @@
 """Learning: both stages, from any folder of pictures, on a GPU or a laptop.
 
     python train.py autoencoder --images PHOTOS --out runs/autoencoder.pt
-    python train.py diffusion --autoencoder runs/autoencoder.pt --images PHOTOS --out runs/hfd.pt
-    python train.py export runs/hfd.pt checkpoints/hfd.pt
+    python train.py export runs/autoencoder.pt runs/ae_half.pt
+    python train.py diffusion --autoencoder runs/ae_half.pt --images PHOTOS --out runs/hfd.pt
+    python train.py export runs/hfd.pt runs/hfd_half.pt
 
+The first export comes before stage 2, for an autoencoder in half precision is another one, which does not read the first one's files.
 Without --images both train on *dead leaves* that this file draws itself, so nothing needs to be downloaded. Any run can be
 stopped (Ctrl-C, or worse) and continued with --resume, and ends where it would have ended uninterrupted.
 With several GPUs: torchrun --nproc_per_node N train.py ...
@@ -14,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -23,10 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 import entropy
 import hfd
+import sample
 from hfd import HFDError
 
 # ------------------------------------------------------------------------------------------------------
@@ -67,10 +71,9 @@ def picture_files(folder):
 def read_picture(name):
     """A picture file as uint8 (H, W, 3), upright; None, after a warning, for one that cannot be read."""
     try:
-        with Image.open(name) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:      # whatever a broken picture makes Pillow raise, the others are still good
-        print(f"warning: {name}: skipped, cannot be read as a picture ({error})", file=sys.stderr)
+        return np.asarray(sample.open_picture(name)[0])
+    except HFDError as error:       # the others are still good
+        print(f"warning: {error}; skipped", file=sys.stderr)
 
 
 class Photos:
@@ -124,11 +127,12 @@ class Photos:
 # ------------------------------------------------------------------------------------------------------
 
 
-def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
+def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
     """Minimise batch_loss(model, crop_size, batch_size) -> {"loss": ..., other named numbers}, to args.steps.
 
     stage: "autoencoder" or "diffusion". groups: optimizer parameter groups, each with its learning-rate factor "scale".
     checkpoint(ema, recipe): the dictionary to save, of the averaged model and how it was made. photos: what the recipe describes.
+    resumed: the checkpoint to go on from, or None.
 
     Every random number of step n comes from the seed (args.seed, n, rank). So a checkpoint need not store any random
     state, and a resumed run sees the very crops and noise that it would have seen.
@@ -139,8 +143,8 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
     ema = copy.deepcopy(model)          # an exponential moving average of the weights is a better model than any single step's
     step, minutes = 0, 0.0
-    if args.resume:
-        state = hfd.read_checkpoint(args.out)["training"]
+    if resumed:
+        state = resumed["training"]
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -170,22 +174,23 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
             hfd.write_atomically(args.out, lambda f: torch.save(checkpoint(ema, recipe) | {"training": training}, f))
 
     try:
-        while step < args.steps and not interrupted() and step != args.pause_at:
+        while step < min(args.steps, args.pause_at or args.steps) and not interrupted():
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
             # The last quarter sees crops of twice the side (and a quarter as many): what the net learns near a
             # crop's border, where it lacks context, then weighs less.
             late = step >= 0.75 * args.steps
             size, batch = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
-            warm_up = min(1.0, (step + 1) / args.warmup)
+            warm_up = min(1.0, (step + 1) / max(args.warmup, 1))
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * group["scale"] * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 terms = batch_loss(wrapped, size, batch)
-            if not math.isfinite(terms["loss"].item()):
-                raise HFDError(f"the loss is {terms['loss'].item()} at step {step}: stopped. If {args.out} was saved before, it holds "
-                               f"the last good state; continue from it with --resume and a lower --lr")
             terms["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for name, value in (("loss", terms["loss"]), ("gradient", norm)):       # either could spoil the weights
+                if not math.isfinite(value.item()):
+                    raise HFDError(f"the {name} is {value.item()} at step {step}: stopped. If {args.out} was saved before, it holds the "
+                                   f"last good state; continue from it with --resume and a lower --lr")
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -206,11 +211,11 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
                     left = timedelta(seconds=round((args.steps - step) / rate))
                     print(f"step {step:6d}/{args.steps}  {numbers}  {images / (time.time() - mark):.1f} images/s  {left} left", flush=True)
                 sums, count, images, mark = {}, 0, 0, time.time()
-            if step % args.save_every == 0:
+            if step % args.save_every == 0 and step < args.steps:
                 save()
+        save()                              # still deaf to Ctrl-C: somebody who presses it twice must not lose this
     finally:
         signal.signal(signal.SIGINT, previous)
-    save()
     if rank == 0:
         print(f"{'stopped' if step < args.steps else 'finished'} at step {step}; saved {args.out}" +
               ("; continue with --resume" if step < args.steps else "") + f". {hfd.peak_memory(device)}")
@@ -221,12 +226,13 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos):
 # ------------------------------------------------------------------------------------------------------
 
 
-def train_autoencoder(args):
+def train_autoencoder(args, resumed=None):
     """Stage 1: transforms, steps and prior, all levels at once (paper, section on the autoencoder; Balle et al. 2018)."""
     device = hfd.pick_device(args.device)
     torch.manual_seed(args.seed)
     photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.seed)
-    model = hfd.Autoencoder().to(device, memory_format=torch.channels_last)
+    config = hfd.AutoencoderConfig(**resumed["autoencoder"]["config"]) if resumed else None     # what it was, whatever the defaults are now
+    model = hfd.Autoencoder(config).to(device, memory_format=torch.channels_last)
     levels = len(model.config.lambdas)
     with torch.no_grad():
         x = photos.crops(32, args.crop)
@@ -246,7 +252,7 @@ def train_autoencoder(args):
     linear = [p for name, p in model.named_parameters() if "linear" in name]
     others = [p for name, p in model.named_parameters() if "linear" not in name]
     groups = [{"params": others, "scale": 1.0}, {"params": linear, "scale": 0.1}]
-    fit(args, "autoencoder", model, batch_loss, groups, checkpoint, photos)
+    fit(args, "autoencoder", model, batch_loss, groups, checkpoint, photos, resumed)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -257,12 +263,13 @@ MARGIN = 16     # pixels of context in which a crop's x_hat is made: borders sho
 
 
 def reconstruct(autoencoder, x, q):
-    """x_hat for a batch of pictures (B, 3, H, W) at levels q (B,), as the decoder would see it (rounded latents)."""
+    """x_hat for a batch of pictures (B, 3, H, W) at levels q (B,), of rounded latents: what the decoder sees, but for a grain of about
+    0.01 that bfloat16 leaves here. (900 steps on pairs made in float32 were tried: slower by a tenth, and no better.)"""
     k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()                              # (B, M, h, w)
     return autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)                  # (B, 3, H, W)
 
 
-def train_diffusion(args):
+def train_diffusion(args, resumed=None):
     """Stage 2: the denoiser, on pairs of crops and their reconstructions by a finished stage 1."""
     device = hfd.pick_device(args.device)
     torch.manual_seed(args.seed)
@@ -271,32 +278,39 @@ def train_diffusion(args):
     photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels, args.seed)
     levels = len(autoencoder.config.lambdas)
     config = hfd.DiffusionConfig(levels=levels, eta=args.eta, preconditioned=not args.plain, objective=args.objective)
+    if resumed:     # what it was, whatever the defaults are now; only the schedule may change
+        config, asked = hfd.DiffusionConfig(**resumed["diffusion"]["config"] | {"eta": args.eta, "objective": args.objective}), config
+        if (config.levels, config.preconditioned) != (asked.levels, asked.preconditioned):
+            raise HFDError(f"{args.out}: was trained {'with' if config.preconditioned else 'without'} the closed-form start and for "
+                           f"{config.levels} levels; --resume cannot change that")
     model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def pairs(count, size, q):
-        """Crops (x, x_hat), each (count, 3, size, size), cut out of larger reconstructions."""
-        x = photos.crops(count, size + 2 * MARGIN)
+    def pairs(x, q):
+        """Crops (x, x_hat), each (B, 3, size, size), cut out of larger ones x, (B, 3, size + 2 MARGIN, size + 2 MARGIN)."""
         x_hat = reconstruct(autoencoder, x, q)
         return (t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat))
 
-    if not args.resume:     # how far x is from x_hat, level by level: the closed form starts from that
-        with torch.no_grad():
-            for level in range(levels):
-                x, x_hat = pairs(64, args.crop, torch.full((64,), level, device=device))
-                model.residual_std[level] = hfd.to_planes(x - x_hat).square().mean(dim=(0, 2, 3)).sqrt()
+    if not resumed:     # how far x is from x_hat, level by level, on the same crops: the closed form starts from that
+        crops = photos.crops(256, args.crop + 2 * MARGIN)                                       # (256, 3, ., .)
+        for level in range(levels):
+            squares = []
+            for part in crops.split(16):
+                x, x_hat = pairs(part, torch.full((16,), level, device=device))                 # (16, 3, crop, crop)
+                squares.append(hfd.to_planes(x - x_hat).square().mean(dim=(0, 2, 3)))           # (12,)
+            model.residual_std[level] = torch.stack(squares).mean(dim=0).sqrt()
 
     def batch_loss(model, size, batch):
         """The mean objective over random pairs of crops, each at a random level."""
         q = torch.randint(levels, (batch,)).to(device)
-        x, x_hat = pairs(batch, size, q)                                                        # (B, 3, size, size)
+        x, x_hat = pairs(photos.crops(batch, size + 2 * MARGIN), q)                             # (B, 3, size, size)
         return {"loss": model(x, x_hat, q)}
 
     def checkpoint(ema, recipe):
         """Averaged weights, beside the autoencoder and tables that they belong to."""
-        return hfd.pack(autoencoder, base.tables, ema, base.recipe | {"diffusion": recipe})
+        return hfd.pack(autoencoder, base.tables, ema, {"autoencoder": base.recipe.get("autoencoder", {}), "diffusion": recipe})
 
-    fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos)
+    fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos, resumed)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -304,17 +318,31 @@ def train_diffusion(args):
 # ------------------------------------------------------------------------------------------------------
 
 
+def measured(results, model):
+    """What figures.rate_distortion measured of a model, in lines for its checkpoint. ValueError if it was another model."""
+    if results["about"]["model"]["autoencoder"] != model.identity.hex():
+        raise ValueError
+    def in_words(name, n):
+        """One variant's numbers."""
+        return f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
+
+    lines = {"command": results["command"], "hardware": results["about"]["hardware"]}
+    for key, point in results["points"].items():
+        if key.startswith("level"):
+            lines[key] = "; ".join(in_words(*variant) for variant in point["variants"].items())
+    return lines
+
+
 def export(args):
     """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe, and what was measured."""
+    if os.path.exists(args.out) and os.path.samefile(args.checkpoint, args.out):
+        raise HFDError(f"{args.out}: would be overwritten by its own export, and could not be resumed any more; name another file")
     model = hfd.load_model(args.checkpoint)
     if args.results:
-        results = json.loads(Path(args.results).read_text())
-        measured = {"command": results["command"], "hardware": results["about"]["hardware"]}
-        for level, point in results["points"].items():
-            if level.startswith("level"):
-                measured[level] = "; ".join(f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
-                                            for name, n in point["variants"].items())
-        model.recipe["measured"] = measured
+        try:
+            model.recipe["measured"] = measured(json.loads(Path(args.results).read_text()), model)
+        except (ValueError, KeyError, TypeError):
+            raise HFDError(f"{args.results}: not what figures.rate_distortion writes about this model") from None
     packed = hfd.pack(model.autoencoder, model.tables, model.diffusion, model.recipe, half=True)
     hfd.write_atomically(args.out, lambda f: torch.save(packed, f))
     print(f"wrote {args.out}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
@@ -339,7 +367,7 @@ def command_line():
         p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
         p.add_argument("--warmup", type=int, default=200, help="steps until the learning rate is at its peak")
         p.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
-        p.add_argument("--seed", type=int, default=0, help="seed of everything random")
+        p.add_argument("--seed", type=sample.seed_number, default=0, help="seed of everything random")
         p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
         p.add_argument("--megapixels", type=float, default=2000, help="most picture data to keep in memory (3 bytes a pixel)")
         p.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps per progress line")
@@ -362,19 +390,25 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.stage == "export":
         return export(args)
+    resumed = None
     if args.resume:     # what the checkpoint was trained with becomes the default; flags on the command line still win
-        training = hfd.read_checkpoint(args.out).get("training") or {}
+        resumed = hfd.read_checkpoint(args.out)
+        training = resumed.get("training") or {}
         if training.get("stage") != args.stage:
             raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
         stages[args.stage].set_defaults(**{k: v for k, v in training["args"].items() if k not in ("resume", "pause_at", "out")})
         args = parser.parse_args(argv)
-    args.commands = training["args"].get("commands", []) if args.resume else []      # all that made it, for the recipe
-    if (line := "python train.py " + " ".join(argv)) not in args.commands:
+    elif os.path.exists(args.out):
+        raise HFDError(f"{args.out}: exists already. --resume continues it; to start anew, name another --out or remove it")
+    args.commands = getattr(args, "commands", [])           # all that made it, for the recipe
+    if (line := "python train.py " + shlex.join(argv)) not in args.commands:
         args.commands = args.commands + [line]
-    if args.crop % hfd.CELL or args.crop <= 0 or args.batch <= 0 or args.steps <= 0:
-        raise HFDError("--crop must be a multiple of 16, --batch and --steps at least 1")
+    if args.crop % hfd.CELL or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
+        raise HFDError("--crop must be a multiple of 16, --batch, --steps, --log-every and --save-every at least 1")
+    if getattr(args, "eta", 1) <= 0:
+        raise HFDError("--eta must be above 0")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:    # started by torchrun
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:            # started by torchrun
         cuda = hfd.pick_device(args.device).type == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -388,7 +422,9 @@ def main(argv=None):
             raise HFDError(f"{args.out}: another run is writing it. Wait for that, or choose another --out") from None
         for left in Path(args.out).parent.glob(Path(args.out).name + ".*.tmp"):
             left.unlink()                                   # by a run that was killed while it saved
-    {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage](args)
+    {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage](args, resumed)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -49,12 +49,20 @@ def pictures(folder=None, quick=False, count=None):
     return found
 
 
+def detail(image, box):
+    """`box` (left, top, right, bottom) where it lies within a PIL picture, such as the portrait that it was chosen for; else as much
+    of that size as there is in the upper left corner."""
+    inside = box[2] <= image.width and box[3] <= image.height
+    return box if inside else (0, 0, min(box[2] - box[0], image.width), min(box[3] - box[1], image.height))
+
+
 def timed(function, *args):
     """(function(*args), the seconds that it took). A GPU works behind Python's back, so it is waited for."""
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
+    wait()
     begin = time.perf_counter()
     result = function(*args)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return result, time.perf_counter() - begin
 
 
@@ -96,7 +104,7 @@ class Run:
             parser.add_argument(f"--{flag}", default=default, **FLAGS[flag])
         add_flags(parser)
         argv = sys.argv[1:] if argv is None else argv
-        self.args = parser.parse_args(argv)
+        self.args, self.begin = parser.parse_args(argv), time.time()
         self.name = self.args.name
         self.device = hfd.pick_device(self.args.device)
         self.model = hfd.load_model(self.args.model, self.device)
@@ -117,7 +125,7 @@ class Run:
         # reader's own business: no path is kept but for its last part.
         digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
         files = ("images", "pictures", "model", "out", "name", "fresh", "inception", "device")
-        keyed = ("levels", "refine", "most", "megapixels")      # these choose points, and each point's key says so
+        keyed = ("levels", "refine", "most", "megapixels", "flow", "retrained")     # these choose points, and each point's key says so
         last = lambda word: [last(w) for w in word] if isinstance(word, list) else Path(word).name if isinstance(word, str) else word
         self.about = {
             "flags": {flag: last(value) for flag, value in vars(self.args).items() if flag not in files + keyed},
@@ -129,7 +137,8 @@ class Run:
             "features": self.feature_name}
         self.command = " ".join([parser.prog] + last(argv))
         os.makedirs(self.args.out, exist_ok=True)
-        self.path, self.partial = (Path(self.args.out, self.name + end) for end in (".json", ".partial.json"))
+        own = digest(json.dumps(self.about).encode())[:8]       # runs that differ do not take each other's unfinished work
+        self.path, self.partial = (Path(self.args.out, self.name + end) for end in (".json", f".{own}.partial.json"))
         self.points, self._coded = {}, {}
         for path in (self.path, self.partial):
             if path.exists() and not self.args.fresh:
@@ -140,7 +149,7 @@ class Run:
             print(f"{len(self.points)} points are there from an earlier run; --fresh measures them again")
 
     def _save(self, path, **more):
-        minutes = round(sum(point["minutes"] for point in self.points.values()), 2)
+        minutes = round(sum(point["minutes"] for point in self.points.values()) or (time.time() - self.begin) / 60, 2)
         head = json.dumps({"command": self.command, "minutes": minutes, "about": self.about, **more}, indent=1)
         points = ",\n".join(f"  {json.dumps(key)}: {json.dumps(point)}" for key, point in self.points.items())     # a line each
         text = head[:-2] + ',\n "points": {\n' + points + "\n }\n}\n"
@@ -185,9 +194,18 @@ class Run:
             self._coded[level, i] = data, self.model.autoencoder.decode(k, level - 1)
         return self._coded[level, i]
 
+    def other(self, path):
+        """The diffusion model in another checkpoint. HFDError if its autoencoder is not the model's."""
+        model = hfd.load_model(path, self.device)
+        if model.identity != self.model.identity or not model.diffusion:
+            raise HFDError(f"{path}: not a diffusion model for the autoencoder of {self.args.model}. Train it on that one (--autoencoder)")
+        return model.diffusion
+
     def sampled(self, key, level, diffusion=None, **settings):
         """The score of HFD at quality `level`, kept as the point `key`. settings: those of hfd.sample_picture that are not to be its
-        defaults. diffusion: another one than the model's."""
+        defaults. diffusion: another one than the model's; its fingerprint becomes part of the key."""
+        if diffusion not in (None, self.model.diffusion):
+            key += f" ({hfd.fingerprint(diffusion.state_dict()).hex()[:8]})"
         def code(i, image):
             """Picture i's file, and its sample under these settings."""
             data, x_hat = self.coded(level, i)
@@ -200,7 +218,7 @@ class Run:
         def code(i, image):
             """Picture i's file, and the autoencoder's picture alone."""
             data, x_hat = self.coded(level, i)
-            return data, {"autoencoder": (sample.to_image(x_hat, *image.size), {"decoder": 0.0})}
+            return data, {"autoencoder": (sample.to_image(x_hat, *image.size), {})}
         return self.measure(f"autoencoder, level {level}", code)["autoencoder"]
 
     def _score(self, bpp, psnr, rgb, seconds, features, more):
@@ -238,11 +256,11 @@ STYLE = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 
          "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 4.5}
 
 
-def axes(columns=1, width=5.2, height=4.6):
-    """A matplotlib figure and a list of its axes, `columns` side by side, in the style of all figures. Inches per panel."""
+def axes(columns=1, width=4.3, height=3.9, rows=1):
+    """A matplotlib figure and a list of its axes, row by row, in the style of all figures. Inches per panel."""
     plt.rcParams.update(STYLE)
-    figure, panels = plt.subplots(1, columns, figsize=(columns * width, height), squeeze=False)
-    return figure, list(panels[0])
+    figure, panels = plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False)
+    return figure, list(panels.flat)
 
 
 def label_ends(panel, ends):
@@ -259,6 +277,13 @@ def label_ends(panel, ends):
                        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkB": 3, "relpos": (0, 0.5)})
 
 
+def plain_log_ticks(panel):
+    """Numbers that people can read on a logarithmic y axis."""
+    panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panel.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
 def curves(panel, run, number, lines, xlabel, ticks, xscale="log", ends=()):
     """Draw a panel that shows `number` ("psnr", "fd" or "seconds") over something with these ticks, with title, axes and line names.
     lines: {name: (colour, marker, line style, {x: score, as Run.measure returns it})}. ends: of what is drawn already."""
@@ -268,7 +293,9 @@ def curves(panel, run, number, lines, xlabel, ticks, xscale="log", ends=()):
         panel.plot(list(points), y, color=colour, marker=marker, linestyle=style)
         ends.append((list(points)[-1], y[-1], name, colour))
     label = {"psnr": "PSNR (dB)", "fd": f"{run.feature_name} (Fréchet distance)", "seconds": "seconds"}[number]
-    panel.set(title=TITLES[number], ylabel=label, xlabel=xlabel, xscale=xscale, yscale="log" if number == "seconds" else "linear")
+    panel.set(title=TITLES[number], ylabel=label, xlabel=xlabel, xscale=xscale, yscale="linear" if number == "psnr" else "log")
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
+    if number == "fd":
+        plain_log_ticks(panel)
     label_ends(panel, ends)

@@ -24,10 +24,8 @@ def main(argv=None):
     for name, decoded in shown[1:]:
         numbers[name] = {"psnr": round(sample.psnr(image, decoded), 2)}
         print(f"{name:28} PSNR {numbers[name]['psnr']:.2f} dB")
-    detail = sample.DETAIL if image.size == (512, 600) else (0, 0, image.width // 4, image.width // 4)
-    sheet = sample.contact_sheet(shown, detail, 4)
-    run.points["bytes and PSNR"] = {"pictures": numbers, "minutes": 0.0}
-    run.finish(sheet)
+    sheet = sample.contact_sheet(shown, common.detail(image, sample.DETAIL), 4)
+    run.finish(sheet, pictures=numbers)
 
 
 if __name__ == "__main__":

@@ -57,18 +57,24 @@ def frechet(a, b):
 
 
 def bootstrap(statistic, count, replicates=200, seed=0):
-    """95 % interval [low, high] of statistic(chosen) when `count` pictures are drawn anew, with replacement (Efron 1979).
+    """statistic(chosen) when `count` pictures are drawn anew, with replacement, again and again (Efron 1979). A list of numbers.
 
-    chosen: (count,) numbers of pictures. Pictures and not patches, for patches of one picture are not independent."""
+    chosen: (count,) numbers of pictures. Pictures and not patches, for patches of one picture are not independent. The same seed
+    draws the same pictures, so that two statistics of the same count can be compared draw by draw."""
     rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(count, size=count)) for _ in range(replicates)]
-    return np.percentile(values, (2.5, 97.5)).tolist()
+    return [statistic(rng.integers(count, size=count)) for _ in range(replicates)]
+
+
+def interval(values):
+    """The range [low, high] of 95 % of these values."""
+    return np.percentile(values, (2.5, 97.5)).round(4).tolist()
 
 
 def realism(reference, decoded):
     """How far decoded pictures are from their originals. reference, decoded: for each picture an array (N_i, D) of features.
 
-    Returns {"fd": Frechet distance, "fd_interval": its bootstrap interval, "patches": their number}. Both sides show the same scenes,
+    Returns {"fd": Frechet distance, "fd_interval": its bootstrap interval, "fd_draws": what that was taken from,
+    "patches": their number}. Both sides show the same scenes,
     so the distance is much smaller than between independent sets: compare it only with others on the same pictures. (Drawing
     pictures twice adds a little distance of its own: close to zero, the interval lies above the point.)"""
     def statistic(chosen):
@@ -76,7 +82,15 @@ def realism(reference, decoded):
         return frechet(*(np.concatenate([features[i] for i in chosen]) for features in (reference, decoded)))
 
     n = len(reference)
-    return {"fd": statistic(range(n)), "fd_interval": bootstrap(statistic, n), "patches": sum(map(len, reference))}
+    draws = bootstrap(statistic, n)
+    return {"fd": statistic(range(n)), "fd_interval": interval(draws), "fd_draws": np.round(draws, 2).tolist(), "patches": sum(map(len, reference))}
+
+
+def fd_ratio(a, b):
+    """[ratio, low, high]: the Frechet distance of a score by that of another one on the same pictures, and its 95 % interval.
+
+    Much of what makes either distance uncertain is which pictures there are, and both have the same: the ratio is known far better."""
+    return [round(a["fd"] / b["fd"], 4), *interval(np.divide(a["fd_draws"], b["fd_draws"]))]
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import sample
 from figures import common
 from hfd import HFDError
 
-CONTEXTS = (0, 8, 16, 32, 64, 128)
+CONTEXTS = (0, 16, 32, 64, 128)
 PATCH = 128
 BATCHES = (1, 2, 4, 8, 16)
 COST_STEPS = 2              # of the runs that measure cost; other numbers of steps take time in proportion
@@ -87,18 +87,18 @@ def main(argv=None):
         print(f"{name:22}: worst {results[name]['worst']:7.3f} / 255, jump {results[name]['jump']:.3f} (whole: {jump(whole):.3f})")
     sizes, batches = sorted(args.megapixels)[:1 if args.quick else None], BATCHES[:2 if args.quick else None]
     by_size = [run.point(f"{mp:g} megapixels", lambda: cost(run, mp)) for mp in sizes]
-    by_batch = [run.point(f"batches of {n}", lambda: cost(run, sizes[0], "--patch", str(PATCH), "--batch", str(n))) for n in batches]
+    by_batch = [run.point(f"batches of {n}, {sizes[0]:g} megapixels", lambda: cost(run, sizes[0], "--patch", str(PATCH), "--batch", str(n))) for n in batches]
 
-    figure, panels = common.axes(5, width=3.6, height=3.4)
-    together = [(c, results[n]) for c in CONTEXTS if (n := f"together, context {c}") in results]
-    colour, marker = common.LOOK["HFD"]
-    panels[0].plot([c for c, _ in together], [max(r["worst"], 1e-3) for _, r in together], color=colour, marker=marker)
-    for name, r in results.items():
-        if name.startswith("groups"):
-            panels[0].plot(int(name.split()[-1]), r["worst"], color=common.LOOK["autoencoder"][0], marker="s", linestyle="")
-            panels[0].annotate("groups", (int(name.split()[-1]), r["worst"]), (4, 4), textcoords="offset points", fontsize=8)
+    figure, panels = common.axes(3, rows=2, width=3.4, height=3.1)
+    ends = []
+    for way, (colour, marker) in (("together", common.LOOK["HFD"]), ("groups", common.LOOK["autoencoder"])):
+        x, y = zip(*((context, results[name]["worst"]) for grouped, context in WAYS
+                     if (name := f"{way}, context {context}") in results and grouped == (way == "groups")))
+        panels[0].plot(x, y, color=colour, marker=marker)
+        ends.append((x[-1], y[-1], way, colour))
     panels[0].axhline(1, color=common.GREY, linewidth=0.7)
-    panels[0].set(yscale="log", title="Worst pixel against the whole", xlabel="context (pixels)", ylabel="difference (1/255)")
+    panels[0].set_yscale("symlog", linthresh=0.1)
+    panels[0].set(title="Worst pixel against the whole", xlabel="context (pixels)", ylabel="difference (1/255)", xticks=CONTEXTS)
     for panel, (title, name) in zip(panels[1:3], (("no context: seams", "together, context 0"), ("the cure: context 64", "together, context 64"))):
         x = crops.get(name)
         if x is None:               # measured by an earlier run: draw it again
@@ -107,17 +107,21 @@ def main(argv=None):
         panel.imshow(np.asarray(sample.to_image(difference / 127.5, difference.shape[-1], difference.shape[-2])))
         panel.set(title=title + "\n(difference from the whole, times 8)", xticks=[], yticks=[])
         panel.grid(False)
-    for panel, x, points, what in ((panels[3], sizes, by_size, ("compress", "decompress")), (panels[4], batches, by_batch, ("decompress",))):
-        for name, colour, marker in zip(what[::-1], ("HFD", "autoencoder"), "os"):
-            for number, line in (("seconds", "-"), ("peak_memory_gib", "--")):
-                panel.plot(x, [point[name][number] for point in points], color=common.LOOK[colour][0], marker=marker, linestyle=line,
-                           label=f"{name}, {'s' if number == 'seconds' else 'GiB'}")
-        panel.legend(frameon=False, fontsize=7)
-        panel.set(xscale="log", yscale="log")
-        panel.set_xticks(x, [f"{n:g}" for n in x])
-        panel.minorticks_off()
-    panels[3].set(title=f"Time and memory, {COST_STEPS} steps", xlabel="megapixels")
-    panels[4].set(title=f"{sizes[0]:g} megapixels, patches of {PATCH}", xlabel="patches in a batch")
+    for panel, number, title, unit in ((panels[3], "seconds", f"Time of compress, and of decompress\nwith {COST_STEPS} steps", "seconds"),
+                                       (panels[4], "peak_memory_gib", "Peak memory of the process", "GiB")):
+        lines = []
+        for name, (colour, marker) in (("compress", common.LOOK["autoencoder"]), ("decompress", common.LOOK["HFD"])):
+            y = [point[name][number] for point in by_size]
+            panel.plot(sizes, y, color=colour, marker=marker)
+            lines.append((sizes[-1], y[-1], name, colour))
+        panel.set(title=title, xlabel="megapixels", ylabel=unit, xlim=(0, None), ylim=(0, None))
+        common.label_ends(panel, lines)
+    panels[5].plot(batches, [point["decompress"]["seconds"] for point in by_batch], color=common.LOOK["HFD"][0], marker="o")
+    panels[5].set(title=f"Patches of {PATCH} pixels in batches,\nof {sizes[0]:g} megapixel" + "s" * (sizes[0] != 1), xlabel="patches in a batch", ylabel="seconds",
+                  xscale="log", ylim=(0, None))
+    panels[5].set_xticks(batches, [str(n) for n in batches])
+    panels[5].minorticks_off()
+    common.label_ends(panels[0], ends)
     run.finish(figure, whole_jump=round(jump(whole), 4))
 
 

@@ -24,7 +24,7 @@ def latent_sheet(k):
 def main(argv=None):
     """Draw the diagram."""
     run = common.Run("path", __doc__, argv, level=1)
-    image, level, model = run.images[0].crop(DETAIL), run.args.level - 1, run.model
+    image, level, model = run.images[0].crop(common.detail(run.images[0], DETAIL)), run.args.level - 1, run.model
     data, _ = sample.compress(image, model, run.args.level, run.args.seed)
     k, _ = sample.decode_latent(sample.parse(data, "path"), model, "path")
     x_hat = model.autoencoder.decode(k, level)
@@ -62,8 +62,7 @@ def main(argv=None):
     for text, left, length, colour in stages:
         figure.add_artist(plt.Line2D((left, left + length), (0.89, 0.89), color=colour, linewidth=2))
         figure.text(left + length / 2, 0.91, text, color=colour, ha="center", va="bottom", fontsize=9)
-    run.points["file"] = {"bytes": len(data), "minutes": 0.0}
-    run.finish(figure)
+    run.finish(figure, file_bytes=len(data))
 
 
 if __name__ == "__main__":

@@ -161,8 +161,7 @@ def draw(curves, kodak, feature_name):
             panel.set(title=common.TITLES[number], ylabel="PSNR (dB)")
         else:
             panel.set(title=common.TITLES[number], ylabel=f"{feature_name} (Fréchet distance)", yscale="log")
-            panel.set_yticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
-            panel.minorticks_off()
+            common.plain_log_ticks(panel)
         common.label_ends(panel, ends)
     return figure
 

@@ -26,7 +26,7 @@ def knob(run, level, draws):
                                       eta=run.args.eta) for n in range(max(draws))]
         shown = {f"rho {rho:g}": torch.lerp(x_hat, samples[0], rho) for rho in RHO}
         shown |= {f"mean of {n}": torch.stack(samples[:n]).mean(dim=0) for n in draws}
-        return data, {name: (sample.to_image(x, *image.size), {"diffusion": 0.0}) for name, x in shown.items()}
+        return data, {name: (sample.to_image(x, *image.size), {}) for name, x in shown.items()}
     return code
 
 
@@ -42,7 +42,7 @@ def main(argv=None):
         summary[level] = {name: round(value, 4) for name, value in ratio.items()}
         print(f"level {level}: squared error over the autoencoder's: rho 1 {ratio['rho 1']:.3f} (theory 2), " +
               ", ".join(f"mean of {n} {ratio[f'mean of {n}']:.3f} (theory {1 + 1 / n:.3f})" for n in draws))
-    figure, panels = common.axes(len(run.numbers) + 1, width=4.4)
+    figure, panels = common.axes(len(run.numbers) + 1, width=3.9)
     for panel, number in zip(panels, run.numbers):
         lines = {}
         for look, (level, score) in zip(common.CYCLE, scores.items()):

@@ -12,29 +12,28 @@ import hfd
 import sample
 from figures import common
 
-ETAS = {1.0: "#000000", 0.5: "#0072B2", 0.25: "#009E73", 0.1: "#D55E00"}
+ETAS = {1.0: ("#000000", "-"), 0.5: ("#0072B2", "--"), 0.25: ("#009E73", "-."), 0.1: ("#D55E00", ":")}
 SHOWN, TIMES = (1.0, 0.5, 0.25), (0.25, 0.5, 0.75)
 DETAIL = (175, 15, 335, 175)
 
 
 def draw(image, detail, seed):
     """(matplotlib figure, numbers): three panels of curves above, z_t of a detail (left, top, right, bottom) of a PIL picture below."""
-    figure, panels = common.axes(3, width=3.4, height=4.4)
-    figure.clear()
+    common.plt.rcParams.update(common.STYLE)
+    figure = common.plt.figure(figsize=(10.2, 4.4))
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.55, 1))
     panels = top.subplots(1, 3)
     t, numbers = torch.linspace(0.002, 0.998, 499, dtype=torch.float64), {}
-    for eta, colour in ETAS.items():
+    for eta, (colour, line) in ETAS.items():
         log_snr = hfd.log_snr_at(t, eta)
         for panel, values in zip(panels, (log_snr, *hfd.alpha_sigma(log_snr))):
-            panel.plot(t, values, color=colour)
+            panel.plot(t, values, color=colour, linestyle=line)
         middle = hfd.log_snr_at(0.5, eta)
         alpha, sigma = hfd.alpha_sigma(middle)
         numbers[eta] = {"log_snr": float(middle), "alpha": float(alpha), "sigma": float(sigma)}
     for panel, name in zip(panels, ("log SNR (nats)", "alpha, the signal's scale", "sigma, the noise's scale")):
         panel.set(title=name, xlabel="time t")
-    for i, (eta, colour) in enumerate(ETAS.items()):
-        panels[0].annotate(f"eta = {eta}", (0.97, 0.93 - 0.09 * i), xycoords="axes fraction", color=colour, ha="right")
+    panels[0].legend([f"eta = {eta}" for eta in ETAS], frameon=False, loc="upper right")     # four curves that never part
     x = sample.to_tensor(image.crop(detail), "cpu")                                                 # (1, 3, 160, 160)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     cells = bottom.subplots(1, len(SHOWN) * len(TIMES))
@@ -42,7 +41,7 @@ def draw(image, detail, seed):
         eta, time = SHOWN[n // len(TIMES)], TIMES[n % len(TIMES)]
         alpha, sigma = hfd.alpha_sigma(hfd.log_snr_at(time, eta))
         cell.imshow(np.asarray(sample.to_image((alpha * x + sigma * eps).float().clamp(-1, 1), *image.crop(detail).size)))
-        cell.set_title(f"eta = {eta}\nt = {time}", color=ETAS[eta], fontsize=8)
+        cell.set_title(f"eta = {eta}\nt = {time}", color=ETAS[eta][0], fontsize=8)
         cell.axis("off")
     return figure, numbers
 
@@ -51,7 +50,7 @@ def main(argv=None):
     """Draw the figure, print its numbers."""
     run = common.Run("schedule", __doc__, argv)
     image = run.images[0]
-    figure, numbers = draw(image, DETAIL if image.size == (512, 600) else (0, 0, 160, 160), run.args.seed)
+    figure, numbers = draw(image, common.detail(image, DETAIL), run.args.seed)
     for eta, values in numbers.items():
         print(f"eta {eta:g}, t = 1/2: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
     run.finish(figure, at_t_one_half_by_eta=numbers)

@@ -3,10 +3,9 @@
     python -m figures.spectrum --images KODAK --out figures
 
 0 dB is a photograph's own power at that spatial frequency. Squared error tells a decoder to leave out what it cannot know: the autoencoder falls off.
-JPEG does too, and adds its blocks at multiples of 1/8 cycles per pixel. The sampler's part is to bring the curve back to 0 dB, neither below nor above.
+JPEG less, since it puts its own edges in place of what it loses: power says nothing about place. The sampler's part is to bring the curve back to 0 dB.
 """
 import numpy as np
-from PIL import Image
 
 import hfd
 import sample

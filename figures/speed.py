@@ -34,22 +34,22 @@ def matrix_rate(device):
 def convolution_seconds(model, compute, autocast):
     """Seconds of the forward and backward passes of each convolution in `model` that compute() goes through, one by one, summed."""
     calls = []
-    hooks = [module.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs[0].detach().clone(), output.shape)))
+    hooks = [module.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs[0].detach().clone())))
              for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     compute()
     for hook in hooks:
         hook.remove()
 
-    def both_passes(module, x, shape):
+    def both_passes(module, x):
         """One convolution, there and back."""
         with autocast():
-            y = module(x.requires_grad_())                                                          # `shape`
+            y = module(x.requires_grad_())
         y.backward(torch.ones_like(y))
 
     return sum(min(timed(both_passes, *call)[1] for _ in range(3)) for call in calls)
 
 
-def measure(count, args, stage, model, batch_loss, groups, checkpoint, photos):
+def measure(count, args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
     """Takes what train.fit is given, and measures `count` steps of it instead of training. Returns numbers by name."""
     device = hfd.pick_device(args.device)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=hfd.fast_bf16(device))
@@ -69,7 +69,7 @@ def measure(count, args, stage, model, batch_loss, groups, checkpoint, photos):
 
     args.pause_at = count + 2                               # the first step warms up
     with contextlib.redirect_stdout(io.StringIO()), mock.patch("hfd.write_atomically"):
-        FIT(args, stage, model, marked, groups, checkpoint, photos)
+        FIT(args, stage, model, marked, groups, checkpoint, photos, resumed)
     step = float(np.median(np.diff(starts)[1:]))
     with FlopCounterMode(display=False) as counter:
         compute()

@@ -6,7 +6,7 @@ The paper draws 250 ancestral steps, and finds that rectified flow is better wit
 of the network for every pixel, so steps are the cost of decoding, whatever the sampler.
 """
 import hfd
-from figures import common
+from figures import common, metrics
 
 STEPS = (1, 2, 4, 6, 8, 16, 32, 64, 125, 250)
 ENOUGH = 64                 # of steps; the paper's 250 are for ancestral sampling alone
@@ -24,7 +24,7 @@ def main(argv=None):
     steps = [n for n in STEPS if n <= run.args.most][::4 if run.args.quick else 1]
     nets = {name: (name, run.model.diffusion) for name in sorted(hfd.SAMPLERS)}
     if run.args.flow:           # an Euler step on the flow is a DDIM step on its schedule
-        nets["flow"] = "ddim", hfd.load_model(run.args.flow, run.device).diffusion
+        nets["flow"] = "ddim", run.other(run.args.flow)
     curves = {(level, name): {n: run.sampled(f"level {level}, {name}, {n} steps", level, net, steps=n, sampler=sampler, eta=run.args.eta)
                               for n in steps if n <= ENOUGH or name == "ddpm"} for level in run.args.levels for name, (sampler, net) in nets.items()}
     for (level, name), points in curves.items():
@@ -34,9 +34,16 @@ def main(argv=None):
     # The paper draws many ancestral steps. Which is the cheapest way to within 5 % of their Frechet distance?
     cheapest = {level: {name: next((n for n, point in curves[level, name].items() if point["fd"] <= 1.05 * curves[level, "ddpm"][steps[-1]]["fd"]), None)
                         for name in nets} for level in run.args.levels if run.features}
+    summary = {"fewest_steps_within_5_percent": cheapest, "fd_over_most": {}}
     for level, few in cheapest.items():
+        most = curves[level, "ddpm"][steps[-1]]
+        summary["fd_over_most"][level] = {name: {n: metrics.fd_ratio(point, most) for n, point in curves[level, name].items()} for name in nets}
+        default = summary["fd_over_most"][level]["dpm"].get(hfd.STEPS)
+        if default:
+            print(f"level {level}, Frechet distance of the default ({hfd.STEPS} steps of dpm) over that of ddpm with {steps[-1]}: "
+                  "{:.3f} [{:.3f}, {:.3f}]".format(*default))
         print(f"level {level}, fewest steps within 5 % of the Frechet distance of ddpm with {steps[-1]}: " + ", ".join(f"{name} {n}" for name, n in few.items()))
-    figure, panels = common.axes(len(run.numbers) + 1, width=4.4)
+    figure, panels = common.axes(len(run.numbers) + 1, width=3.9)
     for panel, number in zip(panels, run.numbers + ["seconds"]):
         lines = {}
         for (level, name), points in curves.items():
@@ -46,7 +53,7 @@ def main(argv=None):
             elif level == run.args.levels[-1]:              # all levels cost the same
                 lines[name] = *style, points
         common.curves(panel, run, number, lines, "steps", steps)
-    run.finish(figure, fewest_steps_within_5_percent=cheapest)
+    run.finish(figure, **summary)
 
 
 if __name__ == "__main__":

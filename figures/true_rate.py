@@ -24,17 +24,19 @@ def flags(parser):
     parser.add_argument("--pixels", type=int, default=768 * 512, help="pixels of the pictures in those results")
 
 
-def break_even(ours, theirs, number, model_bits, pixels):
-    """For each of our points: from how many pictures on its bits, the model's share included, are fewer than the other codec needs for
-    the same `number`, on the line between its points. "never" where it needs fewer anyway; None where it has no such point."""
-    def one(point):
-        """The number of pictures for one of our points, "never" or None."""
-        x, rates = zip(*sorted((p[number], p["bpp"]) for p in theirs))
-        if not x[0] <= point[number] <= x[-1]:
-            return None
-        saved = float(np.exp(np.interp(point[number], x, np.log(rates)))) - point["bpp"]
-        return int(np.ceil(model_bits / (saved * pixels))) if saved > 0 else "never"
-    return [one(point) for point in ours]
+def rate_for(value, theirs, number):
+    """Bits per pixel that a codec needs for this value of `number`, on the line between its points; None where it does not reach it."""
+    x, rates = zip(*sorted((p[number], p["bpp"]) for p in theirs))
+    return float(np.exp(np.interp(value, x, np.log(rates)))) if x[0] <= value <= x[-1] else None
+
+
+def break_even(point, theirs, number, model_bits, pixels):
+    """From how many pictures on the bits of our point, the model's share included, are fewer than the other codec needs for the same
+    `number`. "never" where it needs fewer anyway; None where it has no such point."""
+    rate = rate_for(point[number], theirs, number)
+    if rate is None:
+        return None
+    return int(np.ceil(model_bits / ((rate - point["bpp"]) * pixels))) if rate > point["bpp"] else "never"
 
 
 def computing(run, side=1024):
@@ -57,37 +59,47 @@ def computing(run, side=1024):
 
 def main(argv=None):
     """Break-even numbers from measured curves, operation counts from the networks."""
-    run = common.Run("true_rate", __doc__, argv, flags)
+    run = common.Run("true_rate", __doc__, argv, flags, level=2)
     if not os.path.isfile(run.args.results):
         raise HFDError(f"{run.args.results}: no such file; make it with python -m figures.rate_distortion")
     points = json.loads(Path(run.args.results).read_text())["points"]
     model_bits, pixels = 8 * os.path.getsize(run.args.model), run.args.pixels
     ours = {name: [p["variants"][name] for key, p in points.items() if key.startswith("level")] for name in ("autoencoder", "HFD")}
     summary = {}
-    for codec in codecs.CODECS:
-        theirs = [p["variants"][codec] for p in points.values() if codec in p["variants"]]
+    theirs = {codec: [p["variants"][codec] for p in points.values() if codec in p["variants"]] for codec in codecs.CODECS}
+    for codec in theirs:
         for name, number in (("autoencoder", "psnr"), ("HFD", "fd")):
             if number in ours[name][0]:
-                summary[f"{name}, equal {number}, {codec}"] = break_even(ours[name], theirs, number, model_bits, pixels)
+                summary[f"{name}, equal {number}, {codec}"] = [break_even(p, theirs[codec], number, model_bits, pixels) for p in ours[name]]
     for name, pictures in summary.items():
         print(f"{name}: " + ", ".join(f"level {i + 1} {'-' if n is None else n}" for i, n in enumerate(pictures)) + " pictures")
     cost = run.point("computing", lambda: {"per_megapixel": computing(run)})["per_megapixel"]
     for name, c in cost.items():
         print(f"{name:36} {c['gmac']:9.1f} GMAC, {c['seconds']:7.2f} s per megapixel")
+    # One level, and what the others need for the same Frechet distance (for the same PSNR, where that was not measured).
+    number = "fd" if "fd" in ours["HFD"][0] else "psnr"
     figure, panels = common.axes(2)
-    N, ends = np.logspace(0, 5, 50), []
-    for (colour, marker), (i, point) in zip(common.CYCLE, list(enumerate(ours["HFD"]))[:3]):
-        panels[0].plot(N, point["bpp"] + model_bits / (N * pixels), color=colour)
-        ends.append((N[-1], point["bpp"], f"HFD, level {i + 1}", colour))
-    for codec in codecs.CODECS:
-        p = next(p["variants"][codec] for p in points.values() if codec in p["variants"])
-        panels[0].axhline(p["bpp"], color=common.GREY, linestyle=":", linewidth=0.8)
-        ends.append((N[-1], p["bpp"], f"{codec}, smallest measured", common.GREY))
-    panels[0].set(title="Bits that include the model", xlabel="pictures that share one model", ylabel="bits per pixel", xscale="log", yscale="log")
-    panels[1].barh(range(len(cost)), [c["gmac"] for c in cost.values()], color=common.LOOK["HFD"][0], height=0.6)
+    N, point = np.logspace(2, 5, 50), ours["HFD"][run.args.level - 1]
+    panels[0].plot(N, point["bpp"] + model_bits / (N * pixels), color=common.LOOK["HFD"][0])
+    ends = [(N[-1], point["bpp"] + model_bits / (N[-1] * pixels), f"HFD, level {run.args.level}", common.LOOK["HFD"][0])]
+    for codec in theirs:
+        (colour, marker), rate = common.LOOK[codec], rate_for(point[number], theirs[codec], number)
+        if rate is not None:
+            panels[0].plot(N, np.full(len(N), rate), color=colour, linewidth=1)
+            ends.append((N[-1], rate, codec, colour))
+            if rate > point["bpp"]:
+                crossing = model_bits / ((rate - point["bpp"]) * pixels)
+                panels[0].plot(crossing, rate, color=colour, marker=marker)
+                panels[0].annotate(f"{crossing:,.0f}", (crossing, rate), (4, 4), textcoords="offset points", fontsize=8, color=colour)
+    panels[0].set(title="Bits for one realism, the model's share included", xlabel="pictures that share one model", ylabel="bits per pixel",
+                  xscale="log", yscale="log")
+    common.plain_log_ticks(panels[0])
+    gmac = [c["gmac"] for c in cost.values()]
+    bars = panels[1].barh(range(len(cost)), gmac, color=common.LOOK["HFD"][0], height=0.6)
+    panels[1].bar_label(bars, [f"{g:,.0f}" for g in gmac], padding=2, fontsize=8)
     panels[1].set_yticks(range(len(cost)), list(cost))
     panels[1].invert_yaxis()
-    panels[1].set(title="Computing", xlabel="10⁹ multiply-adds per megapixel", xscale="log")
+    panels[1].set(title="Computing", xlabel="10⁹ multiply-adds per megapixel", xlim=(0, 1.3 * max(gmac)))
     common.label_ends(panels[0], ends)
     run.finish(figure, model_bytes=model_bits // 8, break_even_pictures=summary)
 

@@ -49,6 +49,6 @@ def tiny_model(photo, tmp_path_factory):
             torch.nn.init.normal_(weight, std=0.05)
     path = tmp_path_factory.mktemp("model") / "tiny.pt"
     tables = entropy.freeze(autoencoder.prior, autoencoder.log_step.exp())
-    packed = hfd.pack(autoencoder, tables, diffusion, {"note": "untrained, for tests"})
+    packed = hfd.pack(autoencoder, tables, diffusion, {"autoencoder": {"note": "untrained, for tests"}})
     hfd.write_atomically(str(path), lambda f: torch.save(packed, f))
     return str(path)

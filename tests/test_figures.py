@@ -93,9 +93,10 @@ def test_realism_falls_with_noise(photo):
 def test_bootstrap_is_reproducible():
     """The bootstrap interval of a mean is about 2 x 1.96 standard errors wide, and the same at every call."""
     x = np.random.default_rng(0).standard_normal(100)
-    low, high = metrics.bootstrap(lambda chosen: x[chosen].mean(), 100, replicates=1000)
+    draws = metrics.bootstrap(lambda chosen: x[chosen].mean(), 100, replicates=1000)
+    low, high = metrics.interval(draws)
     assert high - low == pytest.approx(2 * 1.96 * x.std() / 10, rel=0.1)
-    assert [low, high] == metrics.bootstrap(lambda chosen: x[chosen].mean(), 100, replicates=1000)
+    assert draws == metrics.bootstrap(lambda chosen: x[chosen].mean(), 100, replicates=1000)
 
 
 def test_patches_lie_on_their_grid():
@@ -230,7 +231,7 @@ def test_eta_is_swept_by_net_and_level(quick_results):
     points = quick_results["eta"]["points"]
     assert [row["level"] for row in rows] == [1, 3] and all(row["residual_std"] > 0 for row in rows)
     for row in rows:
-        fd = {eta: points[f"level {row['level']}, tiny, sampled at eta {eta}"]["variants"]["HFD"]["fd"] for eta in (0.025, 0.4, 0.9)}
+        fd = {eta: points[f"level {row['level']}, this model, sampled at eta {eta}"]["variants"]["HFD"]["fd"] for eta in (0.025, 0.4, 0.9)}
         assert row["best_eta"]["fd"] == min(fd, key=fd.get) and row["at_best"]["fd"] == round(min(fd.values()), 2)
 
 
@@ -248,14 +249,16 @@ def test_the_knob_ends_at_the_autoencoder(quick_results):
     """rho = 0 costs nothing, and averaging samples goes back towards x_hat."""
     ratio = quick_results["realism"]["squared_error_over_autoencoder"]["1"]
     assert ratio["rho 0"] == 1 and ratio["mean of 1"] == ratio["rho 1"] > ratio["mean of 2"]
+    autoencoder = quick_results["eta"]["points"]["autoencoder, level 1"]["variants"]["autoencoder"]
+    assert quick_results["realism"]["points"]["level 1"]["variants"]["rho 0"]["psnr_each"] == autoencoder["psnr_each"]
 
 
 def test_pictures_of_the_method_say_what_they_show(quick_results):
     """The figures that explain leave their numbers too: sigma / alpha = eta at t = 1/2, log SNR that rises step by step, the file's bytes."""
     at_half = quick_results["schedule"]["at_t_one_half_by_eta"]
     assert all(numbers["sigma"] / numbers["alpha"] == pytest.approx(float(eta)) for eta, numbers in at_half.items())
-    assert (np.diff(quick_results["trajectory"]["points"]["log_snr of each step"]["log_snr"]) > 0).all()
-    assert quick_results["path"]["points"]["file"]["bytes"] > 22 and len(quick_results["comparison"]["points"]["bytes and PSNR"]["pictures"]) == 5
+    assert (np.diff(quick_results["trajectory"]["log_snr"]) > 0).all()
+    assert quick_results["path"]["file_bytes"] > 22 and len(quick_results["comparison"]["pictures"]) == 5
 
 
 def test_radial_power_of_known_pictures():
@@ -271,20 +274,22 @@ def test_radial_power_of_known_pictures():
 def test_seams_are_seen(quick_results):
     """Patches without context differ from the whole picture; the measured size of a seam is 1 where there is none."""
     points = quick_results["patches"]["points"]
-    assert points["together, context 0"]["worst"] > 10 * points["together, context 32"]["worst"]
+    assert points["together, context 0"]["worst"] > 10 * points["together, context 64"]["worst"]
     ramp = torch.arange(256.0).expand(1, 3, 256, 256)
     assert patches.jump(ramp + ramp.transpose(2, 3)) == pytest.approx(1, abs=1e-4)
     stairs = (torch.arange(256) // patches.PATCH).float().expand(1, 3, 256, 256)
     assert patches.jump(stairs + stairs.transpose(2, 3)) == pytest.approx(255)
-    for cost in (points["0.1 megapixels"], points["batches of 2"]):
+    for cost in (points["0.1 megapixels"], points["batches of 2, 0.1 megapixels"]):
         assert all(cost[name]["peak_memory_gib"] > 0.1 and cost[name]["seconds"] > 0 for name in ("compress", "decompress"))
 
 
 def test_map_is_compared_at_equal_bits(quick_results):
-    """Without a map, the comparison at equal bits is with itself."""
+    """A map is compared with what its bits would buy without one, which is more PSNR; without a map, the comparison is with itself."""
     rows = quick_results["hfd_plus"]["summary"]
     assert all(row["extra_bpp"] > 0 for row in rows if row["block"])
-    assert all(row["psnr"] == pytest.approx(row["psnr_without_at_equal_bpp"], abs=2e-3) for row in rows if not row["block"])
+    plain = {row["level"]: row["psnr"] for row in rows if not row["block"]}
+    assert all((row["psnr_without_at_equal_bpp"] > plain[row["level"]] + 1e-3) == (row["block"] > 0) for row in rows)
+    assert all(low <= ratio <= high for row in rows for ratio, low, high in [row["fd_ratio_to_without"]])
 
 
 def test_domains_are_compared_with_webp(quick_results):
@@ -297,7 +302,7 @@ def test_break_even_is_where_the_bits_are_equal():
     """A model of 1000 bits that saves 0.5 bit per pixel pays on pictures of 100 pixels from the 20th on; one that saves nothing never does,
     and where the other codec has no such quality there is nothing to say."""
     ours, theirs = [{"psnr": 30, "bpp": 0.5}, {"psnr": 32, "bpp": 3}, {"psnr": 50, "bpp": 4}], [{"psnr": 30, "bpp": 1}, {"psnr": 34, "bpp": 2}]
-    assert true_rate.break_even(ours, theirs, "psnr", 1000, 100) == [20, "never", None]
+    assert [true_rate.break_even(point, theirs, "psnr", 1000, 100) for point in ours] == [20, "never", None]
 
 
 def test_true_rate_of_the_committed_results(tiny_model, tmp_path):
@@ -308,7 +313,7 @@ def test_true_rate_of_the_committed_results(tiny_model, tmp_path):
     assert {name.split(", ")[-1] for name in found["break_even_pictures"]} == set(codecs.CODECS)
     assert all(len(numbers) == 6 for numbers in found["break_even_pictures"].values())
     cost = found["points"]["computing"]["per_megapixel"]
-    assert 0 < cost["encoder"]["gmac"] and cost["1 step, no context"]["gmac"] <= cost["1 step, context 128 (exact)"]["gmac"]
+    assert 0 < cost["encoder"]["gmac"] and cost["1 step, no context"]["gmac"] < cost["1 step, context 128 (exact)"]["gmac"]
 
 
 def test_stopped_run_continues(folder, tiny_model, monkeypatch):
@@ -335,6 +340,8 @@ def test_stopped_run_continues(folder, tiny_model, monkeypatch):
     run()
     assert len(calls) == 5
     run("--seed", "1")
+    assert len(calls) == 9
+    run()                                               # neither takes the other's unfinished work
     assert len(calls) == 9
     run("--seed", "1", "--fresh")
     assert len(calls) == 13
@@ -370,7 +377,7 @@ def test_speed_counts_every_convolution(tiny_model, tmp_path, capsys):
         assert numbers["images_per_second"] == pytest.approx(1 / numbers["seconds_per_step"], rel=0.01)
         assert 0 < numbers["share_of_matrix_product"] < 1 < numbers["step_over_convolutions"]
     # Per step, forward and backward: three times a multiply and an add for each weight of each convolution, at each of its positions.
-    model, seen = hfd.Autoencoder(), 0
+    model = hfd.Autoencoder()
     x, counts = torch.zeros(1, 3, 128, 128), []
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):

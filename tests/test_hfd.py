@@ -179,8 +179,16 @@ def test_groups_take_turns(denoiser):
             [(r, c) for r in (0, 1) for c in (0, 1) if chosen(r, c)]) or original(f, i, out, tile, context, chosen, batch))
         grouped = run(64, grouped=True)
         assert visited == [[(0, 0)]] * 3 + [[(1, 1)]] * 3 + [[(0, 1)]] * 3 + [[(1, 0)]] * 3
-        apart = run(64, context=0, grouped=True)
-        assert (grouped - apart).abs().max() > 1e-3                     # context matters
+        honest, results = hfd.sample, []
+
+        def brighten_the_first(*given):
+            results.append(honest(*given))
+            if len(results) == 1:
+                results[0][..., :64, :64] += 0.5
+            return results[-1]
+        m.setattr(hfd, "sample", brighten_the_first)
+        seen = (run(64, grouped=True) - grouped).abs()[..., 64:, 64:]   # by the second group
+        assert seen.max() > 1e-3
 
 
 # The noise ----------------------------------------------------------------------------------------------
@@ -301,6 +309,14 @@ def test_samplers_on_gaussian_data(sampler, eta, tolerance, schedule):
     assert few.mean().item() == pytest.approx(0.3, abs=0.003) and many.mean().item() == pytest.approx(0.3, abs=0.003)
     assert many.std().item() == pytest.approx(0.1, rel=tolerance)
     assert abs(many.std() - 0.1) < abs(few.std() - 0.1)
+
+
+def test_more_steps_than_the_schedule_has_room_for():
+    """With very many steps, or an extreme eta, several fall where log SNR is clamped: nothing moves there, and nothing is divided by it."""
+    for schedule in (hfd.log_snr_at, hfd.flow_log_snr_at):
+        for steps, eta in ((1000, 0.05), (6, 5e-4), (6, 1000)):
+            x = sampled("dpm", steps, eta, count=1000, schedule=schedule)
+            assert x.isfinite().all() and x.mean().item() == pytest.approx(0.3, abs=0.02), (steps, eta)
 
 
 @pytest.mark.parametrize("better, worse, factor", [

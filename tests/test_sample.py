@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -357,17 +358,30 @@ def test_incomplete_checkpoints_are_refused(tiny_model, tmp_path):
 
 
 def test_forged_checkpoints_are_refused(tiny_model, tmp_path):
-    """Parts that do not fit each other, layers of terabytes, a tensor that repeats one number: refused when loaded, and not built."""
+    """Parts that do not fit each other, layers of terabytes, a tensor that repeats one number, weights that share their numbers, a
+    file that unpacks to a hundred times its size: refused when loaded, and not built."""
     claim = lambda part, **config: lambda packed: packed[part]["config"].update(config)
     foreign = vars(entropy.freeze(entropy.FactorizedPrior(3), torch.ones(1, 3)))
     changes = [lambda packed: packed.update(tables=foreign), lambda packed: packed["tables"]["cdf"].sub_(1), claim("diffusion", levels=1),
                claim("autoencoder", widths=()), claim("autoencoder", widths=(10 ** 6,) * 4), claim("autoencoder", blocks=(0, 0, 0, 10 ** 12)),
-               claim("diffusion", blocks=10 ** 12), claim("diffusion", levels=10 ** 12)]
+               claim("diffusion", blocks=10 ** 12), claim("diffusion", levels=10 ** 12), claim("diffusion", objective="guess"),
+               lambda packed: packed.update(recipe={"autoencoder": 1})]
     paths = [altered(tiny_model, tmp_path / f"forged{i}.pt", change) for i, change in enumerate(changes)]
     packed = torch.load(tiny_model, weights_only=True)
     packed["diffusion"]["weights"]["net.level.weight"] = torch.zeros(1).expand(3, 10 ** 12)
     torch.save(packed, tmp_path / "expanded.pt")
-    for path in [*paths, tmp_path / "expanded.pt"]:
+
+    def share(packed):
+        weights = packed["autoencoder"]["weights"]
+        pool = torch.zeros(max(t.numel() for t in weights.values()))
+        packed["autoencoder"]["weights"] = {name: pool[:t.numel()].view(t.shape) for name, t in weights.items()}
+    paths.append(altered(tiny_model, tmp_path / "shared.pt", share))
+    torch.save(torch.zeros(5 * 10 ** 7), tmp_path / "large.pt")
+    with zipfile.ZipFile(tmp_path / "large.pt") as large, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for member in large.infolist():
+            bomb.writestr(member.filename, large.read(member))
+    assert (tmp_path / "bomb.pt").stat().st_size < 10 ** 6
+    for path in [*paths, tmp_path / "expanded.pt", tmp_path / "bomb.pt"]:
         begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert str(path) in refusal(hfd.load_model, path)
         assert time.perf_counter() - begin < 2 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000

@@ -1,4 +1,5 @@
 """Training: that it learns, that nothing is lost when it is interrupted, that mistakes are told in one line."""
+import json
 import os
 import signal
 import subprocess
@@ -71,7 +72,8 @@ def test_any_folder(folder, capsys):
     """Folders are read recursively; a bad file is named and skipped; a picture smaller than the crop is mirrored to size."""
     photos = train.Photos(folder, 64, torch.device("cpu"), 100, seed=0)
     assert len(photos.images) == 3 and min(min(p.shape[1:]) for p in photos.images) >= 64
-    assert "broken.jpg: skipped" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "broken.jpg: cannot be read" in told and told.rstrip().endswith("; skipped")
     crops = photos.crops(5, 64)
     assert crops.shape == (5, 3, 64, 64) and -1 <= crops.min() and crops.max() <= 1
 
@@ -148,6 +150,32 @@ def test_nan_stops_with_a_message(small_networks, folder, tmp_path):
     with pytest.raises(hfd.HFDError, match="loss is nan at step 3"):
         train.main([*args, "--steps", "9", "--resume"])
     assert Path(out).read_bytes() == before
+
+
+def test_bad_gradient_spoils_nothing(small_networks, folder, tmp_path, monkeypatch):
+    """A loss may be finite and its gradient not: then too the run ends in words, before the weights or the checkpoint have seen it."""
+    out = str(tmp_path / "ae.pt")
+    args = ["autoencoder", "--images", folder, "--out", out, *TINY]
+    train.main([*args, "--steps", "3"])
+    before, honest = Path(out).read_bytes(), torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: honest(parameters, most) * float("inf"))
+    with pytest.raises(hfd.HFDError, match="gradient is inf at step 3"):
+        train.main([*args, "--steps", "9", "--resume", "--save-every", "1"])
+    assert Path(out).read_bytes() == before
+
+
+def test_what_is_there_is_not_overwritten(small_networks, folder, tmp_path):
+    """Training anew over a checkpoint, exporting one onto itself, or exporting it with another model's results is refused; nothing changes."""
+    out, other = (str(tmp_path / name) for name in ("ae.pt", "other.json"))
+    train.main(["autoencoder", "--images", folder, "--steps", "1", "--out", out, *TINY])
+    before = Path(out).read_bytes()
+    Path(other).write_text(json.dumps({"command": "", "about": {"hardware": "", "model": {"autoencoder": "00000000"}}, "points": {}}))
+    for words, told in ((["autoencoder", "--images", folder, "--out", out], "--resume"), (["export", out, out], "another file"),
+                        (["export", out, str(tmp_path / "new.pt"), "--results", other], "about this model"),
+                        (["export", out, str(tmp_path / "new.pt"), "--results", out], "about this model")):
+        with pytest.raises(hfd.HFDError, match=told):
+            train.main(words)
+    assert Path(out).read_bytes() == before and not (tmp_path / "new.pt").exists()
 
 
 def test_wrong_stage_cannot_resume(small_networks, folder, tmp_path):
