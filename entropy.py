@@ -10,7 +10,7 @@ become as few bytes as possible. Four ideas do it, told here in this order; a fi
 2. *Integer tables*. A decoder on another machine must reach exactly the same probabilities, and floating
    point does not promise that. So when training ends, the prior is frozen to integers once and for all.
 3. A *range coder* (Martin 1979) turns symbols and integer tables into bytes, within a fraction of a
-   per cent of the cross-entropy, which is the number that the training minimised.
+   per cent of the cross-entropy, for which the bits in the training's loss stood.
 4. *Scales*. One distribution per channel, for sky and grass alike, is wrong nearly everywhere by a factor. So each cell
    of the latent says by which factor to stretch them all: a scale hyperprior (Balle et al. 2018) in its smallest form.
 
@@ -367,13 +367,14 @@ def choose_scales(k, tables, q):
             low, cdf = tables.get(q, s, m)
             index = np.clip(values - low, -1, len(cdf) - 2)                                     # -1 is the last entry, the escape
             costs[s] -= np.log2(np.diff(cdf))[index]
-    step = -np.log2(np.diff(_near(len(SCALES), SMOOTH)))                                        # (S, S), bits from one to the next
+    change = -np.log2(np.diff(_near(len(SCALES), SMOOTH)))                                      # (S, S), bits from one to the next
     scales, above = np.zeros(k.shape[1:], np.int64), len(SCALES) // 2
     for i, row in enumerate(costs.T.reshape(*k.shape[1:], -1)):                                 # (W, S)
-        total, ways = step[above] + row[0], []
+        total, ways = change[above] + row[0], []
         for cost in row[1:]:
-            ways.append((total[:, None] + step).argmin(axis=0))                                 # (S,), from where
-            total = (total[:, None] + step).min(axis=0) + cost                                  # (S,)
+            by_way = total[:, None] + change                                                    # (S, S)
+            ways.append(by_way.argmin(axis=0))                                                  # (S,), from where
+            total = by_way.min(axis=0) + cost                                                   # (S,)
         scales[i, -1] = total.argmin()
         for j in reversed(range(len(ways))):
             scales[i, j] = ways[j][scales[i, j + 1]]

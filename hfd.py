@@ -242,7 +242,7 @@ class Autoencoder(nn.Module):
         u = (self.analysis(x, q) / self.step(q)).requires_grad_()                               # (B, M, h, w)
         optimizer = torch.optim.Adam([u], lr=0.01)
         lambdas = torch.tensor(self.config.lambdas, device=x.device)
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.enable_grad():
             torch.manual_seed(0)
             for i in range(steps):
                 # The odds of either neighbour: exp(-atanh(distance to it) / temperature), which falls from 0.5 to 0.025.
@@ -607,7 +607,7 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, colum
 
     inputs: tensors (1, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture,
     and one of them is the picture itself, its sides multiples of CELL. tile, context: pixels, rounded up to whole cells,
-    which keeps the windows aligned with the strides. chosen(row, column): whether to visit that tile, counted from 0.
+    which keeps the windows aligned with the strides; 160 is enough for the autoencoder with the `blocks` that it has. chosen(row, column): whether to visit that tile, counted from 0.
     batch: f is given up to so many windows of one size at once, as (batch, C, ., .): small tiles alone do not fill a GPU.
     """
     tile, context = max(1, math.ceil(tile / CELL)), math.ceil(context / CELL)                   # in cells, from here on
@@ -709,6 +709,8 @@ def run(main):
         main()
     except (HFDError, OSError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full. Ask for less at once (--batch, --patch, --crop), or take --device cpu")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -832,7 +834,7 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()                   # which "meta", where nothing has values, cannot do
     except (RuntimeError, AssertionError):
         raise HFDError(f"device '{name}' cannot be used here; try --device cpu") from None
     return torch.device(name)
