@@ -155,7 +155,7 @@ def draw(curves, kodak, feature_name):
         panel.set_xscale("log")
         panel.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
         panel.minorticks_off()
-        panel.set_xlim(0.03 if published else min(all_bpp) / 1.15, max(all_bpp) * 1.1)
+        panel.set_xlim(0.02 if published else min(all_bpp) / 1.15, max(all_bpp) * 1.1)
         panel.set_xlabel("bits per pixel, complete file")
         if number == "psnr":
             panel.set(title=common.TITLES[number], ylabel="PSNR (dB)")
