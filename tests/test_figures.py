@@ -194,7 +194,7 @@ def test_rate_distortion_from_flags_to_files(realism, folder, tiny_model, monkey
     rate_distortion.main(argv)
     text = (folder / "out" / "rate_distortion.json").read_text()
     results, points = json.loads(text), json.loads(text)["points"]
-    assert Image.open(folder / "out" / "rate_distortion.png").width == (1560 if realism else 780)
+    assert Image.open(folder / "out" / "rate_distortion.png").width == (2 if realism else 1) * 645
     assert results["about"]["flags"]["seed"] == 0 and results["about"]["hardware"] and results["minutes"] >= 0
     assert str(folder) not in text                      # folders are the reader's own business
     assert set(points["level 1"]["variants"]) == {"autoencoder", "HFD"}
