@@ -86,8 +86,9 @@ def test_an_empty_folder_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
-def test_resume_is_bit_for_bit(stage, small_networks, folder, tmp_path, capsys):
-    """Stopping after N steps and resuming gives, bit for bit, the weights of a run that never stopped."""
+def test_resume_is_bit_for_bit(stage, small_networks, folder, tmp_path, monkeypatch, capsys):
+    """Stopping after N steps and resuming gives, bit for bit, the weights of a run that never stopped, also if the defaults of the
+    networks have changed in between."""
     base = [stage, "--images", folder, "--steps", "12", *TINY]
     if stage == "diffusion":
         train.main(["autoencoder", "--images", folder, "--steps", "2", "--out", str(tmp_path / "ae.pt"), *TINY])
@@ -96,6 +97,8 @@ def test_resume_is_bit_for_bit(stage, small_networks, folder, tmp_path, capsys):
     train.main([*base, "--out", straight])
     train.main([*base, "--out", halved, "--pause-at", "6"])
     assert "step 6; saved" in capsys.readouterr().out and hfd.read_checkpoint(halved)["training"]["step"] == 6
+    monkeypatch.setattr(hfd.AutoencoderConfig.__init__, "__defaults__", ((0.1, 0.2, 0.3), 32, (4, 4, 4, 4), (0, 0, 1, 1)))
+    monkeypatch.setattr(hfd.DiffusionConfig.__init__, "__defaults__", (3, (4, 8, 12), 2, 0.7, True, "v"))
     train.main([stage, "--out", halved, "--resume"])                    # no flags: the checkpoint knows them
     a, b = weights(straight), weights(halved)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -128,6 +131,11 @@ def test_checkpoint_rebuilds_its_model(small_networks, folder, tmp_path):
     ae, full, small = (str(tmp_path / n) for n in ("ae.pt", "full.pt", "small.pt"))
     train.main(["autoencoder", "--images", folder, "--steps", "2", "--out", ae, *TINY])
     train.main(["diffusion", "--autoencoder", ae, "--images", folder, "--steps", "2", "--out", full, *TINY])
+    packed = torch.load(ae, weights_only=True)
+    packed["recipe"]["measured"] = {"level 1": "of another denoiser"}
+    torch.save(packed, ae)
+    train.main(["diffusion", "--autoencoder", ae, "--images", folder, "--steps", "1", "--out", str(tmp_path / "next.pt"), *TINY])
+    assert "measured" not in hfd.load_model(tmp_path / "next.pt").recipe
     train.main(["export", full, small])
     first, second = (hfd.load_model(name) for name in (full, small))
     assert first.identity == hfd.load_model(ae).identity      # stage 2 leaves the files' model alone
