@@ -607,7 +607,8 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, colum
 
     inputs: tensors (1, C, h, w), each at its own resolution; out: likewise, is written to. All describe the same picture,
     and one of them is the picture itself, its sides multiples of CELL. tile, context: pixels, rounded up to whole cells,
-    which keeps the windows aligned with the strides; 160 is enough for the autoencoder with the `blocks` that it has. chosen(row, column): whether to visit that tile, counted from 0.
+    which keeps the windows aligned with the strides; 160 is enough for the autoencoder with the `blocks` that it has.
+    chosen(row, column): whether to visit that tile, counted from 0.
     batch: f is given up to so many windows of one size at once, as (batch, C, ., .): small tiles alone do not fill a GPU.
     """
     tile, context = max(1, math.ceil(tile / CELL)), math.ceil(context / CELL)                   # in cells, from here on

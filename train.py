@@ -322,6 +322,7 @@ def measured(results, model):
     """What figures.rate_distortion measured of a model, in lines for its checkpoint. ValueError if it was another model."""
     if results["about"]["model"]["autoencoder"] != model.identity.hex():
         raise ValueError
+
     def in_words(name, n):
         """One variant's numbers."""
         return f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
@@ -405,7 +406,7 @@ def main(argv=None):
         args.commands = args.commands + [line]
     if args.crop % hfd.CELL or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
         raise HFDError("--crop must be a multiple of 16, --batch, --steps, --log-every and --save-every at least 1")
-    if getattr(args, "eta", 1) <= 0:
+    if not getattr(args, "eta", 1) > 0:
         raise HFDError("--eta must be above 0")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:            # started by torchrun

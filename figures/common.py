@@ -58,12 +58,10 @@ def detail(image, box):
 
 def timed(function, *args):
     """(function(*args), the seconds that it took). A GPU works behind Python's back, so it is waited for."""
-    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
-    wait()
-    begin = time.perf_counter()
+    device = hfd.pick_device()
+    begin = hfd.clock(device)
     result = function(*args)
-    wait()
-    return result, time.perf_counter() - begin
+    return result, hfd.clock(device) - begin
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -75,7 +73,6 @@ FLAGS = {"level": dict(type=int, help="quality level of the model"),
          "levels": dict(type=int, nargs="+", help="quality levels of the model"),
          "steps": dict(type=int, help="denoising steps"),
          "eta": dict(type=float, help="of the sampler's schedule; by default the level's own")}
-
 
 
 class Run:
@@ -206,6 +203,7 @@ class Run:
         defaults. diffusion: another one than the model's; its fingerprint becomes part of the key."""
         if diffusion not in (None, self.model.diffusion):
             key += f" ({hfd.fingerprint(diffusion.state_dict()).hex()[:8]})"
+
         def code(i, image):
             """Picture i's file, and its sample under these settings."""
             data, x_hat = self.coded(level, i)

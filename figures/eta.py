@@ -52,7 +52,8 @@ def main(argv=None):
         lines = {}
         for look, (name, net) in zip(common.CYCLE, nets.items()):
             kind = ("trained" if net.config.preconditioned else "plain, trained") + f" at eta {net.config.eta:g}"
-            lines[name if net is run.model.diffusion else kind] = *look, "-", curves[level, name]
+            label = name if net is run.model.diffusion or kind in lines else kind
+            lines[label] = *look, "-", curves[level, name]
         for number in run.numbers:
             panel, ends = panels.pop(0), []
             panel.axvline(std[level], color=common.GREY, linestyle=":", linewidth=1)
