@@ -59,15 +59,19 @@ def open_picture(path):
                 raise HFDError(f"{path}: {image.width}x{image.height} is too large; the limit is {MAX_PIXELS // 10 ** 6} megapixels and 65535 a side")
             if getattr(image, "n_frames", 1) > 1:
                 remarks.append(f"only the first of {image.n_frames} frames is kept")
-            colour = any(kind in str(tile.args) for tile in image.tile for kind in ("RGB;16", "RGBA;16", "LA;16"))
-            if colour or image.mode.startswith("I"):                            # of 16-bit colour Pillow itself keeps 8
+            # Of 16-bit colour Pillow itself keeps 8. How a format tells its depth: as a raw mode, or PPM as its largest value.
+            deep = any(";16" in str(tile.args) or isinstance(tile.args, tuple) and tile.codec_name == "ppm" and tile.args[-1] > 255 for tile in image.tile)
+            if deep or image.mode.startswith("I"):
                 remarks.append("16 bits per sample are reduced to 8")
             profile = image.info.get("icc_profile")
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise HFDError(f"{path}: floating-point pixels have no fixed range; convert it to 8 or 16 bits first")
             if image.mode.startswith("I"):                                      # 16 bits, which Pillow's convert would clip
-                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+                values = np.asarray(image).astype(np.int64)
+                if values.min() < 0 or values.max() > 65535:
+                    raise HFDError(f"{path}: its values do not fit into 16 bits; convert it first")
+                image = Image.fromarray((values // 257).astype(np.uint8))
             if image.has_transparency_data:
                 remarks.append("transparency is dropped: the picture is laid on white")
                 image = image.convert("RGBA")
@@ -100,13 +104,14 @@ def save_picture(image, path):
 
 def check_target(path, force, picture=False):
     """Refuse, before any work is done, an output that exists, has nowhere to go or a name that says no picture format."""
-    if os.path.isdir(path):
-        raise HFDError(f"{path}: is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise HFDError(f"{path}: is a folder or a device; name a file")
     if os.path.exists(path) and not force:
         raise HFDError(f"{path}: exists already; --force overwrites it")
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise HFDError(f"{path}: its folder does not exist")
-    if picture and Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if picture and (kind not in Image.SAVE or kind in ("ICO", "ICNS")):         # icons change a picture's size
         raise HFDError(f"{path}: the ending names no picture format that can be written; try .png")
 
 
@@ -174,8 +179,8 @@ def parse(data, name):
     _, version, quality, block, width, height, seed, identity = HEADER.unpack_from(data)
     if version != VERSION:
         raise HFDError(f"{name}: written in version {version} of the format; this program reads version {VERSION}")
-    payload = data[HEADER_BYTES:]
-    if zlib.crc32(data[:HEADER.size] + payload) != int.from_bytes(data[HEADER.size:HEADER_BYTES], "big"):
+    payload = memoryview(data)[HEADER_BYTES:]                                   # no copy yet: a hostile file may be large
+    if zlib.crc32(payload, zlib.crc32(data[:HEADER.size])) != int.from_bytes(data[HEADER.size:HEADER_BYTES], "big"):
         raise HFDError(f"{name}: damaged or cut off (its checksum does not match)")
     if not width or not height or width * height > MAX_PIXELS:
         raise HFDError(f"{name}: claims to be {width}x{height} pixels; the limit is {MAX_PIXELS // 10 ** 6} megapixels")
@@ -186,7 +191,7 @@ def parse(data, name):
             raise HFDError(f"{name}: its HFD+ map cannot be read")
         energy, payload = payload[4:4 + size], payload[4 + size:]
     return {"quality": quality, "width": width, "height": height, "seed": seed, "identity": identity,
-            "block": 1 << block if block else 0, "energy": energy, "payload": payload}
+            "block": 1 << block if block else 0, "energy": bytes(energy), "payload": bytes(payload)}
 
 
 def need_diffusion(model, instead=""):
@@ -223,6 +228,8 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
     rho, the realism knob, mixes x_hat + rho (x_sample - x_hat): 0 is the autoencoder's picture, 1 the full sample. seed:
     None for the one in the file. settings: as in hfd.sample_picture."""
     header, device = parse(data, name), hfd.device_of(model)
+    if rho > 0:
+        need_diffusion(model, "use --rho 0, or ")
     clock = [hfd.clock(device)]
     q = header["quality"] - 1
     k, energy = decode_latent(header, model, name)
@@ -230,7 +237,6 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
     x_hat = model.autoencoder.decode(k, q)
     clock.append(hfd.clock(device))
     if rho > 0:
-        need_diffusion(model, "use --rho 0, or ")
         seed = header["seed"] if seed is None else seed
         x = hfd.sample_picture(model.diffusion, x_hat, q, seed=seed, energy=energy, **settings)
         x_hat.lerp_(x, rho)

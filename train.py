@@ -16,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -144,11 +145,12 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
     ema = copy.deepcopy(model)          # an exponential moving average of the weights is a better model than any single step's
     step, minutes = 0, 0.0
     if resumed:
-        state = resumed["training"]
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, minutes = state["step"], state["minutes"]
+        with hfd.refusing_damage(args.out):
+            state = resumed["training"]
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, minutes = int(state["step"]), float(state["minutes"])
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     stop = []                                               # Ctrl-C asks the loop to end after the step that it is in
@@ -283,6 +285,8 @@ def train_diffusion(args, resumed=None):
         if (config.levels, config.preconditioned) != (asked.levels, asked.preconditioned):
             raise HFDError(f"{args.out}: was trained {'with' if config.preconditioned else 'without'} the closed-form start and for "
                            f"{config.levels} levels; --resume cannot change that")
+        if hfd.fingerprint(resumed["autoencoder"]["weights"]) != hfd.fingerprint(autoencoder.state_dict()):
+            print(f"note: {args.autoencoder} is not the autoencoder of {args.out}; the residual's spread stays what it was there")
     model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -318,9 +322,10 @@ def train_diffusion(args, resumed=None):
 # ------------------------------------------------------------------------------------------------------
 
 
-def measured(results, model):
+def measured(results, packed):
     """What figures.rate_distortion measured of a model, in lines for its checkpoint. ValueError if it was another model."""
-    if results["about"]["model"]["autoencoder"] != model.identity.hex():
+    weights = [{name: t.float() for name, t in packed[part]["weights"].items()} for part in ("autoencoder", "diffusion")]
+    if results["about"]["model"]["weights"] != hfd.fingerprint(*weights).hex()[:16]:
         raise ValueError
 
     def in_words(name, n):
@@ -336,15 +341,15 @@ def measured(results, model):
 
 def export(args):
     """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe, and what was measured."""
-    if os.path.exists(args.out) and os.path.samefile(args.checkpoint, args.out):
-        raise HFDError(f"{args.out}: would be overwritten by its own export, and could not be resumed any more; name another file")
+    if os.path.exists(args.out) and "training" in hfd.read_checkpoint(args.out):
+        raise HFDError(f"{args.out}: could not be resumed any more if it were overwritten by an export; name another file")
     model = hfd.load_model(args.checkpoint)
+    packed = hfd.pack(model.autoencoder, model.tables, model.diffusion, model.recipe, half=True)
     if args.results:
         try:
-            model.recipe["measured"] = measured(json.loads(Path(args.results).read_text()), model)
-        except (ValueError, KeyError, TypeError):
-            raise HFDError(f"{args.results}: not what figures.rate_distortion writes about this model") from None
-    packed = hfd.pack(model.autoencoder, model.tables, model.diffusion, model.recipe, half=True)
+            packed["recipe"]["measured"] = measured(json.loads(Path(args.results).read_text()), packed)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise HFDError(f"{args.results}: not what figures.rate_distortion writes about this model (measure the exported file)") from None
     hfd.write_atomically(args.out, lambda f: torch.save(packed, f))
     print(f"wrote {args.out}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
 
@@ -384,6 +389,29 @@ def command_line():
     return parser, {"autoencoder": ae, "diffusion": diffusion}
 
 
+def checked(args):
+    """The flags of a training stage, if they make sense; else HFDError."""
+    if args.crop % hfd.CELL or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
+        raise HFDError("--crop must be a multiple of 16, --batch, --steps, --log-every and --save-every at least 1")
+    if not getattr(args, "eta", 1) > 0:
+        raise HFDError("--eta must be above 0")
+    return args
+
+
+def lock_of(path):
+    """An open file that says that this process writes the checkpoint `path`, until it ends. HFDError if another one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(f"{path}.lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise HFDError(f"{path}: another run is writing it. Wait for that, or choose another --out") from None
+    for left in path.parent.iterdir():                      # by a run that was killed while it saved
+        if re.fullmatch(re.escape(path.name) + r"\.\d+\.tmp", left.name):
+            left.unlink()
+    return lock
+
+
 def main(argv=None):
     """Run one command. argv: a list of words, or None for the shell's."""
     argv = sys.argv[1:] if argv is None else argv
@@ -391,38 +419,31 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.stage == "export":
         return export(args)
+    checked(args)
+    if os.path.exists(args.out) and not args.resume:
+        raise HFDError(f"{args.out}: exists already. --resume continues it; to start anew, name another --out or remove it")
+    if args.resume and not os.path.exists(args.out):
+        raise HFDError(f"{args.out}: no such checkpoint, so there is nothing to --resume")
+    # Two runs writing one checkpoint would ruin both. (Of those that torchrun starts, only one writes.) Held until this function ends.
+    lock = lock_of(Path(args.out)) if os.environ.get("RANK", "0") == "0" else None
     resumed = None
     if args.resume:     # what the checkpoint was trained with becomes the default; flags on the command line still win
+        hfd.load_model(args.out)                            # refuses what is damaged
         resumed = hfd.read_checkpoint(args.out)
-        training = resumed.get("training") or {}
-        if training.get("stage") != args.stage:
-            raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
-        stages[args.stage].set_defaults(**{k: v for k, v in training["args"].items() if k not in ("resume", "pause_at", "out")})
-        args = parser.parse_args(argv)
-    elif os.path.exists(args.out):
-        raise HFDError(f"{args.out}: exists already. --resume continues it; to start anew, name another --out or remove it")
+        with hfd.refusing_damage(args.out):
+            training = resumed.get("training") or {}
+            if training.get("stage") != args.stage:
+                raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
+            stages[args.stage].set_defaults(**{k: v for k, v in training["args"].items() if k not in ("resume", "pause_at", "out")})
+            args = checked(parser.parse_args(argv))
     args.commands = getattr(args, "commands", [])           # all that made it, for the recipe
     if (line := "python train.py " + shlex.join(argv)) not in args.commands:
         args.commands = args.commands + [line]
-    if args.crop % hfd.CELL or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
-        raise HFDError("--crop must be a multiple of 16, --batch, --steps, --log-every and --save-every at least 1")
-    if not getattr(args, "eta", 1) > 0:
-        raise HFDError("--eta must be above 0")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:            # started by torchrun
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         cuda = hfd.pick_device(args.device).type == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
-    lock = None
-    if not dist.is_initialized() or dist.get_rank() == 0:   # two runs writing one checkpoint would ruin both
-        lock = open(f"{args.out}.lock", "w")                # held until the process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise HFDError(f"{args.out}: another run is writing it. Wait for that, or choose another --out") from None
-        for left in Path(args.out).parent.glob(Path(args.out).name + ".*.tmp"):
-            left.unlink()                                   # by a run that was killed while it saved
     {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage](args, resumed)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -170,18 +170,24 @@ class Run:
         decoded picture's mean colour, 0 .. 255."""
         def compute():
             """Every picture there and back, and the scores of each variant."""
-            rows, begin = {}, time.time()
+            rows = {}
             for i, image in enumerate(self.images):
                 data, variants = code(i, image)
                 for variant, (decoded, seconds, *more) in variants.items():
                     rows.setdefault(variant, []).append((
                         round(8 * len(data) / (image.width * image.height), 5), round(sample.psnr(image, decoded), 4),
                         np.asarray(decoded).mean(axis=(0, 1)).round(4).tolist(), seconds, self.features and self.features(decoded), (more or [{}])[0]))
-                if sys.stderr.isatty():
-                    left = (time.time() - begin) / (i + 1) * (len(self.images) - i - 1)
-                    sys.stderr.write(f"\r{key}: picture {i + 1}/{len(self.images)}, {left:.0f} s left \033[K\r")
+                self.progress(key, i)
             return {"variants": {variant: self._score(*zip(*row)) for variant, row in rows.items()}}
         return self.point(key, compute)["variants"]
+
+    def progress(self, key, i):
+        """Say on a terminal that picture number i of point `key` is done, and how long the others will take."""
+        if i == 0:
+            self._mark = time.time()
+        elif sys.stderr.isatty():
+            left = (time.time() - self._mark) / i * (len(self.images) - i - 1)
+            sys.stderr.write(f"\r{key}: picture {i + 1}/{len(self.images)}, {left:.0f} s left \033[K\r")
 
     def coded(self, level, i):
         """(bytes, x_hat): the file of picture number i at quality `level`, 1 .. Q, and what its autoencoder decodes, (1, 3, H', W')."""

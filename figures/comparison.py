@@ -4,6 +4,8 @@
 
 The two samples come from one file, with two seeds. Where they agree, the file speaks; where they differ, the model invents.
 """
+from PIL import Image
+
 import hfd
 import sample
 from figures import codecs, common
@@ -24,7 +26,10 @@ def main(argv=None):
     for name, decoded in shown[1:]:
         numbers[name] = {"psnr": round(sample.psnr(image, decoded), 2)}
         print(f"{name:28} PSNR {numbers[name]['psnr']:.2f} dB")
-    sheet = sample.contact_sheet(shown, common.detail(image, sample.DETAIL), 4)
+    rows = [sample.contact_sheet(shown[n:n + 3], common.detail(image, sample.DETAIL), 4) for n in (0, 3)]
+    sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height), "white")
+    for n, row in enumerate(rows):
+        sheet.paste(row, (0, n * row.height))
     run.finish(sheet, pictures=numbers)
 
 

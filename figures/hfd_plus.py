@@ -54,9 +54,10 @@ def main(argv=None):
             y = [100 * (own / other - 1) if number == "fd" else own - other for own, other in (rows[size] for size in sizes)]
             panel.plot(sizes, y, color=colour, marker=marker)
             ends.append((sizes[-1], y[-1], f"level {level}", colour))
-        panel.set(title=common.TITLES[number], xlabel="side of the map's blocks (pixels)", xscale="log",
+        panel.set(title=common.TITLES[number], xlabel=f"side of the map's blocks (pixels), and its bits per pixel at level {levels[0]}", xscale="log",
                   ylabel=f"{run.feature_name} at equal bits (%)" if number == "fd" else "PSNR at equal bits (dB)")
-        panel.set_xticks(sizes, [str(size) for size in sizes])
+        extra = {row["block"]: row["extra_bpp"] for row in summary if row["level"] == levels[0]}
+        panel.set_xticks(sizes, [f"{size}\n{extra[size]:+.4f}" for size in sizes])
         panel.minorticks_off()
         common.label_ends(panel, ends)
     run.finish(figure, summary=summary)

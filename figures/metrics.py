@@ -17,22 +17,31 @@ from scipy.interpolate import PchipInterpolator
 from hfd import HFDError
 
 
+def mean_gap(x_a, y_a, x_b, y_b):
+    """The mean of y_b - y_a over the x that both curves reach. Between points y is interpolated by PCHIP, which cannot overshoot
+    as a cubic through all points does. At least two points a curve, no two x alike. ValueError if the curves have no x in common."""
+    curves = []
+    for x, y in ((x_a, y_a), (x_b, y_b)):
+        order = np.argsort(x)
+        curves.append(PchipInterpolator(np.array(x, float)[order], np.array(y, float)[order]))
+    low, high = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
+    if not low < high:
+        raise ValueError("the two curves have nothing in common")
+    a, b = (curve.integrate(low, high) / (high - low) for curve in curves)
+    return float(b - a)
+
+
 def bd_rate(rates_a, psnr_a, rates_b, psnr_b):
     """The Bjontegaard difference (Bjontegaard 2001): how many per cent more bits curve b needs than curve a at equal PSNR.
 
-    Rates above 0 in one unit, PSNR in dB and no two alike in a curve, at least two points each. Returns the mean of
-    log(rate_b / rate_a) over the PSNRs that both reach, taken back from the logarithm: -10 means that b saves a tenth. Between
-    points log rate is interpolated by PCHIP, which cannot overshoot as the first proposal's cubic does. ValueError if the curves
-    have no PSNR in common."""
-    curves = []
-    for rates, psnr in ((rates_a, psnr_a), (rates_b, psnr_b)):
-        order = np.argsort(psnr)
-        curves.append(PchipInterpolator(np.array(psnr, float)[order], np.log(np.array(rates, float)[order])))
-    low, high = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
-    if not low < high:
-        raise ValueError("the two curves have no PSNR in common")
-    a, b = (curve.integrate(low, high) / (high - low) for curve in curves)
-    return float(100 * np.expm1(b - a))
+    Rates above 0 in one unit, PSNR in dB. The mean of log(rate_b / rate_a), see mean_gap, taken back from the logarithm: -10 means
+    that b saves a tenth. ValueError if the curves have no PSNR in common."""
+    return 100 * float(np.expm1(mean_gap(psnr_a, np.log(rates_a), psnr_b, np.log(rates_b))))
+
+
+def bd_psnr(rates_a, psnr_a, rates_b, psnr_b):
+    """Likewise the other way round: by how many dB curve b lies above curve a at equal rates. ValueError if they have none in common."""
+    return mean_gap(np.log(rates_a), psnr_a, np.log(rates_b), psnr_b)
 
 
 def frechet(a, b):

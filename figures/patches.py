@@ -6,7 +6,6 @@ The same file, the same noise, sampled as a whole and in patches of 128 pixels: 
 patch borders, the difference from the whole is shown (in steps of 1/255), and how much the picture jumps there compared with elsewhere (1 is no seam).
 Then what it costs, each measured in a process of its own: time and memory as the picture grows, and as more patches are worked on at once.
 """
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,9 @@ from hfd import HFDError
 CONTEXTS = (0, 16, 32, 64, 128)
 PATCH = 128
 BATCHES = (1, 2, 4, 8, 16)
+# A process of its own, that says in the end how much memory it took; its last argument is the device.
+CHILD = f"import sys; sys.path.insert(0, {str(Path(sample.__file__).parent)!r}); import hfd, sample; sample.main(sys.argv[1:]); " \
+    "print(hfd.peak_memory(hfd.pick_device(sys.argv[-1])))"
 COST_STEPS = 2              # of the runs that measure cost; other numbers of steps take time in proportion
 WAYS = [(False, context) for context in CONTEXTS] + [(True, 32), (True, 64)]       # (grouped, context)
 
@@ -50,15 +52,12 @@ def cost(run, megapixels, *flags):
         image.resize((round(image.width * scale), round(image.height * scale))).save(Path(folder, "large.png"), compress_level=1)
         for name, words in (("compress", ["compress", "large.png", "large.hfd", "--quality", str(run.args.level)]),
                             ("decompress", ["decompress", "large.hfd", "out.png", "--steps", str(COST_STEPS), *flags])):
-            with open(Path(folder, "printed"), "w+") as printed:
-                child = subprocess.Popen([sys.executable, sample.__file__, *words, *shared], cwd=folder, stdout=printed, stderr=subprocess.DEVNULL)
-                _, status, usage = os.wait4(child.pid, 0)               # which also tells what this one process has used
-                child.returncode = os.waitstatus_to_exitcode(status)
-                if child.returncode:
-                    raise HFDError(f"sample.py {name} failed at {megapixels:g} megapixels")
-                printed.seek(0)
-                seconds = [float(part.split()[-1]) for part in printed.read().split("seconds: ")[1].split(",")]
-            result[name] = {"seconds": round(sum(seconds), 2), "peak_memory_gib": round(usage.ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20), 3)}
+            child = subprocess.run([sys.executable, "-c", CHILD, *words, *shared], cwd=folder, capture_output=True, text=True)
+            if child.returncode:
+                raise HFDError(f"sample.py {name} failed at {megapixels:g} megapixels: {child.stderr.splitlines()[-1:]}")
+            *_, seconds, memory = child.stdout.splitlines()
+            result[name] = {"seconds": round(sum(float(part.split()[-1]) for part in seconds.split("seconds: ")[1].split(",")), 2),
+                            "peak_memory_gib": float(memory.split()[2])}
     return result
 
 
@@ -89,26 +88,33 @@ def main(argv=None):
     by_size = [run.point(f"{mp:g} megapixels", lambda: cost(run, mp)) for mp in sizes]
     by_batch = [run.point(f"batches of {n}, {sizes[0]:g} megapixels", lambda: cost(run, sizes[0], "--patch", str(PATCH), "--batch", str(n))) for n in batches]
 
-    figure, panels = common.axes(3, rows=2, width=3.4, height=3.1)
-    ends = []
+    figure, panels = common.axes(4, rows=2, width=3.1, height=3.1)
+    errors, jumps = [], [(CONTEXTS[-1], jump(whole), "whole", common.GREY)]
     for way, (colour, marker) in (("together", common.LOOK["HFD"]), ("groups", common.LOOK["autoencoder"])):
-        x, y = zip(*((context, results[name]["worst"]) for grouped, context in WAYS
-                     if (name := f"{way}, context {context}") in results and grouped == (way == "groups")))
-        panels[0].plot(x, y, color=colour, marker=marker)
-        ends.append((x[-1], y[-1], way, colour))
+        x, points = zip(*((context, results[name]) for grouped, context in WAYS
+                          if (name := f"{way}, context {context}") in results and grouped == (way == "groups")))
+        for panel, ends, number, text, line in ((panels[0], errors, "worst", f"{way}: worst", "-"),
+                                                (panels[0], errors, "mean_at_borders", f"{way}: mean", "--"), (panels[1], jumps, "jump", way, "-")):
+            y = [point[number] for point in points]
+            panel.plot(x, y, line, color=colour, marker=marker, clip_on=False)
+            ends.append((x[-1], y[-1], text, colour))
     panels[0].axhline(1, color=common.GREY, linewidth=0.7)
     panels[0].set_yscale("symlog", linthresh=0.1)
-    panels[0].set(title="Worst pixel against the whole", xlabel="context (pixels)", ylabel="difference (1/255)", xticks=CONTEXTS)
-    for panel, (title, name) in zip(panels[1:3], (("no context: seams", "together, context 0"), ("the cure: context 64", "together, context 64"))):
+    panels[0].set(title="Against the whole: worst pixel,\nand mean at patch borders", ylabel="difference (1/255)", ylim=(0, None))
+    panels[1].axhline(jumps[0][1], color=common.GREY)
+    panels[1].set(title="Jump across patch borders\n(1: none)", ylabel="ratio to elsewhere")
+    for panel in panels[:2]:
+        panel.set(xlabel="context (pixels)", xticks=CONTEXTS)
+    for panel, (title, name) in zip(panels[2:4], (("no context: seams", "together, context 0"), ("the cure: context 64", "together, context 64"))):
         x = crops.get(name)
         if x is None:               # measured by an earlier run: draw it again
             x = draw(patch=PATCH, context=int(name.split()[-1]))
         difference = ((x - whole) * 127.5 * 8).clamp(-127, 127)[..., 64:320, 64:320]                # enlarged eightfold, grey is none
         panel.imshow(np.asarray(sample.to_image(difference / 127.5, difference.shape[-1], difference.shape[-2])))
-        panel.set(title=title + "\n(difference from the whole, times 8)", xticks=[], yticks=[])
+        panel.set(title=title + "\n(difference, times 8)", xticks=[], yticks=[])
         panel.grid(False)
-    for panel, number, title, unit in ((panels[3], "seconds", f"Time of compress, and of decompress\nwith {COST_STEPS} steps", "seconds"),
-                                       (panels[4], "peak_memory_gib", "Peak memory of the process", "GiB")):
+    for panel, number, title, unit in ((panels[4], "seconds", f"Time of compress, and of\ndecompress with {COST_STEPS} steps", "seconds"),
+                                       (panels[5], "peak_memory_gib", "Peak memory of the process", "GiB")):
         lines = []
         for name, (colour, marker) in (("compress", common.LOOK["autoencoder"]), ("decompress", common.LOOK["HFD"])):
             y = [point[name][number] for point in by_size]
@@ -116,12 +122,15 @@ def main(argv=None):
             lines.append((sizes[-1], y[-1], name, colour))
         panel.set(title=title, xlabel="megapixels", ylabel=unit, xlim=(0, None), ylim=(0, None))
         common.label_ends(panel, lines)
-    panels[5].plot(batches, [point["decompress"]["seconds"] for point in by_batch], color=common.LOOK["HFD"][0], marker="o")
-    panels[5].set(title=f"Patches of {PATCH} pixels in batches,\nof {sizes[0]:g} megapixel" + "s" * (sizes[0] != 1), xlabel="patches in a batch", ylabel="seconds",
-                  xscale="log", ylim=(0, None))
-    panels[5].set_xticks(batches, [str(n) for n in batches])
-    panels[5].minorticks_off()
-    common.label_ends(panels[0], ends)
+    of = f"{sizes[0]:g} megapixel" + "s" * (sizes[0] != 1) + f", patches of {PATCH}"
+    for panel, number, title, unit in ((panels[6], "seconds", f"Time of decompress, {COST_STEPS} steps:\n{of}", "seconds"),
+                                       (panels[7], "peak_memory_gib", f"Its peak memory:\n{of}", "GiB")):
+        panel.plot(batches, [point["decompress"][number] for point in by_batch], color=common.LOOK["HFD"][0], marker="o", clip_on=False)
+        panel.set(title=title, xlabel="patches in a batch", ylabel=unit, xscale="log", ylim=(0, None))
+        panel.set_xticks(batches, [str(n) for n in batches])
+        panel.minorticks_off()
+    common.label_ends(panels[0], errors)
+    common.label_ends(panels[1], jumps)
     run.finish(figure, whole_jump=round(jump(whole), 4))
 
 

@@ -95,6 +95,8 @@ def summarise(curves, kodak):
     if "HFD" in curves:
         pairs = list(zip(curves["autoencoder"], curves["HFD"]))
         summary["psnr_drop_db"] = {level: round(a["psnr"] - b["psnr"], 3) for (level, a), (_, b) in pairs}
+        if "fd" in pairs[0][0][1]:
+            summary["fd_ratio"] = {level: metrics.fd_ratio(b, a) for (level, a), (_, b) in pairs}
         # Sampling must not tint pictures: by how much it changes a picture's mean colour, in steps of 1/255.
         summary["colour_shift_255"] = {level: round(float(np.abs(np.subtract(a["rgb_each"], b["rgb_each"])).mean()), 4)
                                        for (level, a), (_, b) in pairs}
@@ -115,6 +117,8 @@ def report(curves, summary):
             print(f"BD rate, {ours}, against {name}: " + ("no PSNR in common" if bd is None else f"{bd:+.1f} %"))
     if "HFD" not in curves:
         return print("note: this checkpoint has no diffusion model yet, so there is no curve of HFD")
+    for level, ratio in summary.get("fd_ratio", {}).items():
+        print(f"HFD against the autoencoder, level {level}: Frechet distance {ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] times as large")
     for level, drop in summary["psnr_drop_db"].items():
         print(f"HFD against the autoencoder, level {level}: PSNR lower by {drop:.2f} dB, mean colour shifted by "
               f"{summary['colour_shift_255'][level]:.2f} / 255")

@@ -31,17 +31,20 @@ def draw(image, detail, seed):
         middle = hfd.log_snr_at(0.5, eta)
         alpha, sigma = hfd.alpha_sigma(middle)
         numbers[eta] = {"log_snr": float(middle), "alpha": float(alpha), "sigma": float(sigma)}
-    for panel, name in zip(panels, ("log SNR (nats)", "alpha, the signal's scale", "sigma, the noise's scale")):
+    for panel, name, where in zip(panels, ("log SNR (nats)", "alpha, the signal's scale", "sigma, the noise's scale"),
+                                  ((0.8, 0.6, 0.4, 0.2), (0.81, 0.82, 0.85, 0.88), (0.5,) * 4)):
         panel.set(title=name, xlabel="time t")
-    panels[0].legend([f"eta = {eta}" for eta in ETAS], frameon=False, loc="upper right")     # four curves that never part
+        for at, line, (eta, (colour, _)) in zip(where, panel.lines, ETAS.items()):                  # named where there is room
+            panel.text(at, line.get_ydata()[round(at * 498)], f"eta = {eta}", color=colour, fontsize=8, ha="center", va="center",
+                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     x = sample.to_tensor(image.crop(detail), "cpu")                                                 # (1, 3, 160, 160)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     cells = bottom.subplots(1, len(SHOWN) * len(TIMES))
     for n, cell in enumerate(cells):
-        eta, time = SHOWN[n // len(TIMES)], TIMES[n % len(TIMES)]
+        time, eta = TIMES[n // len(SHOWN)], SHOWN[n % len(SHOWN)]
         alpha, sigma = hfd.alpha_sigma(hfd.log_snr_at(time, eta))
         cell.imshow(np.asarray(sample.to_image((alpha * x + sigma * eps).float().clamp(-1, 1), *image.crop(detail).size)))
-        cell.set_title(f"eta = {eta}\nt = {time}", color=ETAS[eta][0], fontsize=8)
+        cell.set_title(f"t = {time}\neta = {eta}", color=ETAS[eta][0], fontsize=8)
         cell.axis("off")
     return figure, numbers
 

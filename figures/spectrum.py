@@ -6,6 +6,7 @@
 JPEG less, since it puts its own edges in place of what it loses: power says nothing about place. The sampler's part is to bring the curve back to 0 dB.
 """
 import numpy as np
+import torch.nn.functional as F
 
 import hfd
 import sample
@@ -28,24 +29,43 @@ def radial_power(image):
     return np.bincount(which.ravel(), power.ravel())[:BINS] / np.bincount(which.ravel())[:BINS]
 
 
+def grain(image, original):
+    """The rms of fine colour in `image`, in steps of 1/255, over the twentieth of all 16-pixel squares where `original` is flattest:
+    a sky, say. What exceeds the original's there is coloured grain. Both PIL RGB, of one size."""
+    whole = (0, 0, image.width // 16 * 16, image.height // 16 * 16)
+    planes = [hfd.to_planes(127.5 * sample.to_tensor(x.crop(whole), "cpu"))[0] for x in (image, original)]  # (12, H/2, W/2) each
+    fine = [F.avg_pool2d(p.square(), 8).reshape(3, 4, -1)[:, 1:].sum(dim=1) for p in planes]            # (3, squares): all but the means, per colour axis
+    flattest = fine[1].sum(dim=0).argsort()[:max(fine[1].shape[1] // 20, 1)]
+    return (fine[0][1:, flattest].mean() / 3).sqrt().item()                                             # of red - blue and magenta - green
+
+
 def main(argv=None):
     """Average the spectra over all pictures, draw their ratios."""
     run = common.Run("spectrum", __doc__, argv, level=1)
     level = run.args.level
 
     def compute():
-        """Mean spectra over all pictures, by name."""
-        spectra = {}
+        """Mean spectra, grain and bits per pixel over all pictures, by name."""
+        spectra, grains, bpp = {}, {}, {}
         for i, image in enumerate(run.images):
             data, x_hat = run.coded(level, i)
             x = hfd.sample_picture(run.model.diffusion, x_hat, level - 1, seed=run.args.seed + i)
-            jpeg = codecs.decode(sample.largest_within(len(data), image, optimize=True)[0])
-            for name, picture in (("original", image), ("JPEG", jpeg), ("autoencoder", sample.to_image(x_hat, *image.size)),
+            jpeg, _ = sample.largest_within(len(data), image, optimize=True)
+            for name, file in (("JPEG", jpeg), ("HFD", data)):
+                bpp.setdefault(name, []).append(8 * len(file) / (image.width * image.height))
+            for name, picture in (("original", image), ("JPEG", codecs.decode(jpeg)), ("autoencoder", sample.to_image(x_hat, *image.size)),
                                   ("HFD", sample.to_image(x, *image.size))):
                 spectra.setdefault(name, []).append(radial_power(picture))
-        return {"power": {name: np.mean(each, axis=0).tolist() for name, each in spectra.items()}}
+                grains.setdefault(name, []).append(grain(picture, image))
+            run.progress(f"level {level}", i)
+        return {"power": {name: np.mean(each, axis=0).tolist() for name, each in spectra.items()},
+                "grain": {name: round(float(np.mean(each)), 4) for name, each in grains.items()},
+                "bpp": {name: round(float(np.mean(each)), 4) for name, each in bpp.items()}}
 
-    power = run.point(f"level {level}", compute)["power"]
+    point = run.point(f"level {level}", compute)
+    power = point["power"]
+    print("bits per pixel: " + ", ".join(f"{name} {number:.3f}" for name, number in point["bpp"].items()))
+    print("fine colour in the flattest squares (1/255): " + ", ".join(f"{name} {number:.2f}" for name, number in point["grain"].items()))
     frequency = (np.arange(BINS) + 0.5) / (2 * BINS)
     figure, (panel,) = common.axes(width=6)
     ends = [(frequency[-1], 0, "original", common.GREY)]

@@ -39,6 +39,13 @@ def break_even(point, theirs, number, model_bits, pixels):
     return int(np.ceil(model_bits / ((rate - point["bpp"]) * pixels))) if rate > point["bpp"] else "never"
 
 
+def model_bytes(path):
+    """{curve: bytes that its decoder must have beforehand}: the whole checkpoint file for HFD, without stage 2 for the autoencoder alone."""
+    packed = hfd.read_checkpoint(path)
+    whole, second = os.path.getsize(path), sum(t.nbytes for t in packed["diffusion"]["weights"].values())
+    return {"autoencoder": whole - second, "HFD": whole}
+
+
 def computing(run, side=1024):
     """{part: {"gmac": 10^9 multiply-adds, "seconds"}}, both per megapixel, on a square of noise."""
     autoencoder = run.model.autoencoder
@@ -54,6 +61,7 @@ def computing(run, side=1024):
             part()
         seconds = min(common.timed(part)[1] for _ in range(2))
         result[name] = {"gmac": round(counter.get_total_flops() / 2e9 * 1e6 / side ** 2, 2), "seconds": round(seconds * 1e6 / side ** 2, 3)}
+    result["250 steps (250 times one)"] = {number: round(250 * value, 1) for number, value in result[f"1 step, context {hfd.CONTEXT}"].items()}
     return result
 
 
@@ -62,15 +70,16 @@ def main(argv=None):
     run = common.Run("true_rate", __doc__, argv, flags, level=2)
     if not os.path.isfile(run.args.results):
         raise HFDError(f"{run.args.results}: no such file; make it with python -m figures.rate_distortion")
-    points = json.loads(Path(run.args.results).read_text())["points"]
-    model_bits, pixels = 8 * os.path.getsize(run.args.model), run.args.pixels
+    results = json.loads(Path(run.args.results).read_text())
+    points, sizes, pixels = results["points"], model_bytes(run.args.model), run.args.pixels
     ours = {name: [p["variants"][name] for key, p in points.items() if key.startswith("level")] for name in ("autoencoder", "HFD")}
     summary = {}
     theirs = {codec: [p["variants"][codec] for p in points.values() if codec in p["variants"]] for codec in codecs.CODECS}
     for codec in theirs:
         for name, number in (("autoencoder", "psnr"), ("HFD", "fd")):
             if number in ours[name][0]:
-                summary[f"{name}, equal {number}, {codec}"] = [break_even(p, theirs[codec], number, model_bits, pixels) for p in ours[name]]
+                summary[f"{name}, equal {number}, {codec}"] = [break_even(p, theirs[codec], number, 8 * sizes[name], pixels) for p in ours[name]]
+    print("model: " + ", ".join(f"{name} {size / 2 ** 20:.1f} MiB" for name, size in sizes.items()))
     for name, pictures in summary.items():
         print(f"{name}: " + ", ".join(f"level {i + 1} {'-' if n is None else n}" for i, n in enumerate(pictures)) + " pictures")
     cost = run.point("computing", lambda: {"per_megapixel": computing(run)})["per_megapixel"]
@@ -78,7 +87,8 @@ def main(argv=None):
         print(f"{name:36} {c['gmac']:9.1f} GMAC, {c['seconds']:7.2f} s per megapixel")
     # One level, and what the others need for the same Frechet distance (for the same PSNR, where that was not measured).
     number = "fd" if "fd" in ours["HFD"][0] else "psnr"
-    figure, panels = common.axes(2)
+    figure, panels = common.axes(2, width=4.8)
+    model_bits = 8 * sizes["HFD"]
     N, point = np.logspace(2, 5, 50), ours["HFD"][run.args.level - 1]
     panels[0].plot(N, point["bpp"] + model_bits / (N * pixels), color=common.LOOK["HFD"][0])
     ends = [(N[-1], point["bpp"] + model_bits / (N[-1] * pixels), f"HFD, level {run.args.level}", common.LOOK["HFD"][0])]
@@ -90,18 +100,18 @@ def main(argv=None):
             if rate > point["bpp"]:
                 crossing = model_bits / ((rate - point["bpp"]) * pixels)
                 panels[0].plot(crossing, rate, color=colour, marker=marker)
-                panels[0].annotate(f"{crossing:,.0f}", (crossing, rate), (4, 4), textcoords="offset points", fontsize=8, color=colour)
+                panels[0].annotate(f"{crossing:,.0f}", (crossing, rate), (-5, -2), textcoords="offset points", fontsize=8, color=colour, ha="right", va="top")
     panels[0].set(title="Bits for one realism, the model's share included", xlabel="pictures that share one model", ylabel="bits per pixel",
                   xscale="log", yscale="log")
     common.plain_log_ticks(panels[0])
     gmac = [c["gmac"] for c in cost.values()]
     bars = panels[1].barh(range(len(cost)), gmac, color=common.LOOK["HFD"][0], height=0.6)
-    panels[1].bar_label(bars, [f"{g:,.0f}" for g in gmac], padding=2, fontsize=8)
+    panels[1].bar_label(bars, [f"{c['gmac']:,.0f}; {c['seconds']:.3g} s" for c in cost.values()], padding=2, fontsize=8)
     panels[1].set_yticks(range(len(cost)), list(cost))
     panels[1].invert_yaxis()
-    panels[1].set(title="Computing", xlabel="10⁹ multiply-adds per megapixel", xlim=(0, 1.3 * max(gmac)))
+    panels[1].set(title="Computing", xlabel="10⁹ multiply-adds per megapixel, and seconds here", xscale="log", xlim=(min(gmac) / 2, 30 * max(gmac)))
     common.label_ends(panels[0], ends)
-    run.finish(figure, model_bytes=model_bits // 8, break_even_pictures=summary)
+    run.finish(figure, model_bytes=sizes, break_even_pictures=summary, results={"command": results["command"], "pictures": results["about"]["pictures"]})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What the tests share: a picture drawn on the spot, and a model so small that it decodes in milliseconds."""
+import contextlib
 import struct
 import sys
 import zlib
@@ -27,6 +28,20 @@ def sealed(payload, quality=1, block=0, width=32, height=16, seed=0, identity=by
     """A file that says what we like, with a checksum that is right."""
     header = sample.HEADER.pack(sample.MAGIC, version, quality, block, width, height, seed, identity)
     return header + struct.pack(">I", zlib.crc32(header + payload)) + payload
+
+
+@contextlib.contextmanager
+def memory_within(megabytes):
+    """Fail if at any moment inside it this process holds so much more memory than at the beginning."""
+    status = lambda name: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) / 1000
+    try:
+        Path("/proc/self/clear_refs").write_text("5")       # Linux forgets the peak so far on demand
+    except OSError:
+        yield                                               # other systems cannot say
+        return
+    before = status("VmRSS")
+    yield
+    assert status("VmHWM") - before < megabytes
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The evaluation: metrics against closed forms and independent references, codecs, and a script from flags to files."""
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -45,9 +46,15 @@ def test_bd_rate_of_scaled_curve():
     assert metrics.bd_rate(line(psnr), psnr, 0.9 * line(psnr[::-1] + 1.5), psnr[::-1] + 1.5) == pytest.approx(-10)
 
 
+def test_bd_psnr_of_raised_curve():
+    """A codec that is half a dB better at every rate is half a dB better."""
+    rates, psnr = np.array([0.1, 0.2, 0.4, 0.9]), np.array([26.0, 28.1, 30.9, 34.0])
+    assert metrics.bd_psnr(rates, psnr, rates, psnr + 0.5) == pytest.approx(0.5)
+
+
 def test_bd_rate_needs_overlap():
     """Curves that have no PSNR in common cannot be compared, and that is said."""
-    with pytest.raises(ValueError, match="no PSNR in common"):
+    with pytest.raises(ValueError, match="nothing in common"):
         metrics.bd_rate([0.1, 0.2], [20, 25], [0.1, 0.2], [30, 35])
 
 
@@ -271,6 +278,17 @@ def test_radial_power_of_known_pictures():
     assert abs(power.argmax() - spectrum.BINS / 2) <= 1
 
 
+def test_grain_is_fine_colour_where_nothing_is():
+    """Noise of one colour axis on a flat sky is seen with its standard deviation; none in the clean picture, none of a grey kind."""
+    rng, clean = np.random.default_rng(0), np.full((64, 320, 3), 128.0)
+    clean[:, 16:] += rng.normal(0, 30, (64, 304, 1))                        # all but the first column of squares is busy
+    picture = lambda x: Image.fromarray(x.round().clip(0, 255).astype(np.uint8))
+    assert spectrum.grain(picture(clean), picture(clean)) < 1e-3
+    noise = rng.normal(0, 6, (64, 320, 1))
+    assert spectrum.grain(picture(clean + noise * [1, 0, -1]), picture(clean)) == pytest.approx(6, rel=0.15)
+    assert spectrum.grain(picture(clean + noise * [1, 1, 1]), picture(clean)) < 0.1
+
+
 def test_seams_are_seen(quick_results):
     """Patches without context differ from the whole picture; the measured size of a seam is 1 where there is none."""
     points = quick_results["patches"]["points"]
@@ -296,6 +314,7 @@ def test_domains_are_compared_with_webp(quick_results):
     """Every domain gets a rate relative to WebP, or says that the two have no PSNR in common."""
     summary = quick_results["other_domains"]["summary"]
     assert {"MRI slice", "text", "noise"} < set(summary) and abs(summary["sea floor"]["bd_rate_percent"]) < 50
+    assert abs(summary["sea floor"]["bd_psnr_db"]) < 5
 
 
 def test_break_even_is_where_the_bits_are_equal():
@@ -312,6 +331,7 @@ def test_true_rate_of_the_committed_results(tiny_model, tmp_path):
     found = json.loads((tmp_path / "true_rate.json").read_text())
     assert {name.split(", ")[-1] for name in found["break_even_pictures"]} == set(codecs.CODECS)
     assert all(len(numbers) == 6 for numbers in found["break_even_pictures"].values())
+    assert 0 < found["model_bytes"]["autoencoder"] < found["model_bytes"]["HFD"] == os.path.getsize(tiny_model)
     cost = found["points"]["computing"]["per_megapixel"]
     assert 0 < cost["encoder"]["gmac"] and cost["1 step, no context"]["gmac"] < cost["1 step, context 128 (exact)"]["gmac"]
 

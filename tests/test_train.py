@@ -137,6 +137,13 @@ def test_checkpoint_rebuilds_its_model(small_networks, folder, tmp_path):
     train.main(["diffusion", "--autoencoder", ae, "--images", folder, "--steps", "1", "--out", str(tmp_path / "next.pt"), *TINY])
     assert "measured" not in hfd.load_model(tmp_path / "next.pt").recipe
     train.main(["export", full, small])
+    exported = hfd.load_model(small)
+    weights = hfd.fingerprint(exported.autoencoder.state_dict(), exported.diffusion.state_dict())
+    results = {"command": "measure", "points": {"level 1": {"variants": {"HFD": {"bpp": 0.1, "psnr": 30}}}},
+               "about": {"hardware": "a machine", "model": {"weights": weights.hex()[:16]}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    train.main(["export", full, small, "--results", str(tmp_path / "results.json")])
+    assert hfd.load_model(small).recipe["measured"]["level 1"] == "HFD 0.100 bpp, 30.00 dB"
     first, second = (hfd.load_model(name) for name in (full, small))
     assert first.identity == hfd.load_model(ae).identity      # stage 2 leaves the files' model alone
     assert second.diffusion.config == first.diffusion.config and second.recipe["diffusion"]["steps"] == 2
@@ -177,13 +184,41 @@ def test_what_is_there_is_not_overwritten(small_networks, folder, tmp_path):
     out, other = (str(tmp_path / name) for name in ("ae.pt", "other.json"))
     train.main(["autoencoder", "--images", folder, "--steps", "1", "--out", out, *TINY])
     before = Path(out).read_bytes()
-    Path(other).write_text(json.dumps({"command": "", "about": {"hardware": "", "model": {"autoencoder": "00000000"}}, "points": {}}))
+    Path(other).write_text(json.dumps({"command": "", "about": {"hardware": "", "model": {"weights": 16 * "0"}}, "points": {}}))
     for words, told in ((["autoencoder", "--images", folder, "--out", out], "--resume"), (["export", out, out], "another file"),
                         (["export", out, str(tmp_path / "new.pt"), "--results", other], "about this model"),
                         (["export", out, str(tmp_path / "new.pt"), "--results", out], "about this model")):
         with pytest.raises(hfd.HFDError, match=told):
             train.main(words)
     assert Path(out).read_bytes() == before and not (tmp_path / "new.pt").exists()
+
+
+def test_damage_cannot_be_resumed(small_networks, folder, tmp_path):
+    """Whatever is missing of a training state, or of the wrong kind, --resume refuses it in one line and leaves the file alone."""
+    out = tmp_path / "ae.pt"
+    train.main(["autoencoder", "--images", folder, "--steps", "1", "--out", str(out), *TINY])
+    whole = torch.load(out, weights_only=True)
+    states = [{k: v for k, v in whole["training"].items() if k != gone} for gone in ("step", "minutes", "args", "stage", "model", "ema", "optimizer")]
+    states += [[1], None, whole["training"] | {"args": 3}, whole["training"] | {"model": {}}, whole["training"] | {"step": "x"},
+               whole["training"] | {"args": whole["training"]["args"] | {"save_every": 0}}]
+    for state in states:
+        torch.save(whole | {"training": state}, out)
+        before = out.read_bytes()
+        with pytest.raises(hfd.HFDError, match="damaged|cannot continue|--save-every") as caught:
+            train.main(["autoencoder", "--out", str(out), "--resume"])
+        assert len(str(caught.value).splitlines()) == 1 and out.read_bytes() == before
+
+
+def test_another_autoencoder_is_told(small_networks, folder, tmp_path, capsys):
+    """Stage 2 may go on with an autoencoder that was trained further; that its residual is still the former's is said."""
+    first, second, out = (str(tmp_path / name) for name in ("first.pt", "second.pt", "full.pt"))
+    for name, steps in ((first, "1"), (second, "2")):
+        train.main(["autoencoder", "--images", folder, "--steps", steps, "--out", name, *TINY])
+    train.main(["diffusion", "--autoencoder", first, "--images", folder, "--steps", "2", "--pause-at", "1", "--out", out, *TINY])
+    assert "note" not in capsys.readouterr().out
+    train.main(["diffusion", "--autoencoder", second, "--out", out, "--resume"])
+    assert "second.pt is not the autoencoder" in capsys.readouterr().out
+    assert hfd.load_model(out).identity == hfd.load_model(second).identity
 
 
 def test_wrong_stage_cannot_resume(small_networks, folder, tmp_path):
@@ -194,7 +229,9 @@ def test_wrong_stage_cannot_resume(small_networks, folder, tmp_path):
         train.main(["diffusion", "--autoencoder", out, "--out", out, "--resume"])
 
 
-SCRIPT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hfd, train{SMALL}hfd.run(lambda: train.main(sys.argv[1:]))"
+# (On a slow disk, so that there is time to be killed while a checkpoint is being written.)
+SCRIPT = f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import hfd, train{SMALL}os.fsync = lambda f: time.sleep(0.02)\n" \
+    "hfd.run(lambda: train.main(sys.argv[1:]))"
 
 
 def start(arguments, tmp_path, *launcher):
@@ -215,7 +252,7 @@ def wait_for(process, text):
 def test_interrupt_saves_and_two_runs_do_not_mix(folder, tmp_path):
     """Ctrl-C saves the very step it came in. While a run lives, a second one aimed at its checkpoint refuses."""
     out = str(tmp_path / "ae.pt")
-    args = ["autoencoder", "--images", folder, "--steps", "100000", "--out", out, *TINY]
+    args = ["autoencoder", "--images", folder, "--steps", "100000", "--out", out, *TINY, "--save-every", "100000"]
     process = start(args, tmp_path)
     wait_for(process, "step      5/")
     second, _ = (other := start(args, tmp_path)).communicate(timeout=60)
@@ -229,8 +266,9 @@ def test_interrupt_saves_and_two_runs_do_not_mix(folder, tmp_path):
 
 def kill_often(folder, tmp_path, kills, seed=0):
     """Kill a training run `kills` times, every other time while a checkpoint is being written, each time resuming where it stood.
-    Returns the steps saved after each kill. AssertionError if one leaves no checkpoint that loads, or loses more than an interval."""
-    out, every, rng, saved = str(tmp_path / "ae.pt"), 3, np.random.default_rng(seed), []
+    Returns the steps saved after each kill, and how often it left a half-written file. AssertionError if one leaves no checkpoint
+    that loads, or loses more than an interval."""
+    out, every, rng, saved, halves = str(tmp_path / "ae.pt"), 3, np.random.default_rng(seed), [], 0
     args = ["autoencoder", "--images", folder, "--steps", "100000", "--out", out, *TINY, "--log-every", "1", "--save-every", str(every)]
     for kill in range(kills):
         process = start(args + (["--resume"] if saved else []), tmp_path)
@@ -239,10 +277,11 @@ def kill_often(folder, tmp_path, kills, seed=0):
         if kill % 2:
             time.sleep(rng.random() / 10)
         else:
-            while not list(tmp_path.glob("ae.pt.*.tmp")):
+            while not list(tmp_path.glob("ae.pt.*.tmp")) and process.poll() is None:
                 time.sleep(0.0005)
         process.kill()
         printed = [line for line in process.communicate()[0].splitlines() if "/100000" in line]
+        halves += bool(list(tmp_path.glob("ae.pt.*.tmp")))
         saved.append(hfd.read_checkpoint(out)["training"]["step"] if os.path.exists(out) else 0)
         if not saved[-1]:           # killed before the first checkpoint was complete: nothing to lose yet
             saved.pop()
@@ -251,14 +290,15 @@ def kill_often(folder, tmp_path, kills, seed=0):
         assert saved[-1] >= max([0] + saved[:-1])
         if printed:
             assert saved[-1] > int(printed[-1].split()[1].split("/")[0]) - 2 * every     # one interval, and the one being written
-    return saved
+    return saved, halves
 
 
 def test_kill_leaves_a_checkpoint_that_loads(folder, tmp_path):
     """SIGKILL at any moment, also while a checkpoint is being written, loses at most an interval, and leaves no litter for good."""
-    saved = kill_often(folder, tmp_path, KILLS)
-    print(f"killed {KILLS} times, {len(saved)} times after a first checkpoint; reached step {saved[-1]}; every checkpoint loaded")
-    assert len(saved) >= 2 and saved[-1] > saved[0]
+    saved, halves = kill_often(folder, tmp_path, KILLS)
+    print(f"killed {KILLS} times, {len(saved)} times after a first checkpoint, {halves} times while one was being written; "
+          f"reached step {saved[-1]}; every checkpoint loaded")
+    assert len(saved) >= 2 and saved[-1] > saved[0] and halves
     wait_for(process := start(["autoencoder", "--images", folder, "--steps", str(saved[-1] + 4), "--out", str(tmp_path / "ae.pt"), "--resume",
                                *TINY], tmp_path), "finished")
     process.wait()
