@@ -34,21 +34,17 @@ def main(argv=None):
     # The paper draws many ancestral steps. Which is the cheapest way to within 5 % of their Frechet distance?
     cheapest = {level: {name: next((n for n, point in curves[level, name].items() if point["fd"] <= 1.05 * curves[level, "ddpm"][steps[-1]]["fd"]), None)
                         for name in nets} for level in run.args.levels if run.features}
-    summary = {"fewest_steps_within_5_percent": cheapest, "fd_over_most": {}}
+    summary = {"fewest_steps_within_5_percent": cheapest, "fd_ratios": {}}
     for level, few in cheapest.items():
-        most = curves[level, "ddpm"][steps[-1]]
-        summary["fd_over_most"][level] = {name: {n: metrics.fd_ratio(point, most) for n, point in curves[level, name].items()} for name in nets}
-        if run.args.flow:       # the paper's comparison, picture draw by picture draw
-            flow = curves[level, "flow"]
-            over = {name: {n: metrics.fd_ratio(flow[n], curves[level, name][n]) for n in flow} for name in nets if name != "flow"}
-            summary.setdefault("fd_of_flow_over", {})[level] = over
-            for name, ratios in over.items():
-                print(f"level {level}, Frechet distance of flow over that of {name}: " +
-                      ", ".join("{} steps {:.2f} [{:.2f}, {:.2f}]".format(n, *ratio) for n, ratio in ratios.items()))
-        default = summary["fd_over_most"][level]["dpm"].get(hfd.STEPS)
+        most, default = curves[level, "ddpm"][steps[-1]], curves[level, "dpm"].get(hfd.STEPS)
+        over = {f"{name} over ddpm with {steps[-1]}": {n: (point, most) for n, point in curves[level, name].items()} for name in nets}
         if default:
-            print(f"level {level}, Frechet distance of the default ({hfd.STEPS} steps of dpm) over that of ddpm with {steps[-1]}: "
-                  "{:.3f} [{:.3f}, {:.3f}]".format(*default))
+            over[f"dpm over dpm with {hfd.STEPS}, the default"] = {n: (point, default) for n, point in curves[level, "dpm"].items()}
+        if run.args.flow:       # the paper's comparison
+            over |= {f"flow over {name}": {n: (point, curves[level, name][n]) for n, point in curves[level, "flow"].items()} for name in hfd.SAMPLERS}
+        ratios = summary["fd_ratios"][level] = {name: {n: metrics.fd_ratio(*pair) for n, pair in pairs.items()} for name, pairs in over.items()}
+        for name, each in ratios.items():
+            print(f"level {level}, Frechet distance of {name}: " + ", ".join("{} steps {:.2f} [{:.2f}, {:.2f}]".format(n, *ratio) for n, ratio in each.items()))
         print(f"level {level}, fewest steps within 5 % of the Frechet distance of ddpm with {steps[-1]}: " + ", ".join(f"{name} {n}" for name, n in few.items()))
     figure, panels = common.axes(len(run.numbers) + 1, width=3.9)
     for panel, number in zip(panels, run.numbers + ["seconds"]):
