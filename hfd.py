@@ -584,11 +584,12 @@ def sample(predict_x, steps, sampler, schedule, noise, on_step=lambda step: None
             # DPM-Solver++(2M) (Lu et al. 2022): DDIM treats x as constant during a step, though the denoiser's x moves
             # with the noise. So continue the line through its last two values to the middle of this step, on the
             # log_snr axis: second order, at the price of remembering one picture. (Where the schedule is clamped, nothing has moved.)
+            # What was remembered has then served, and the target takes its place in memory.
             ratio = (log_snr_s - log_snr_t) / (log_snr_t - log_snr_before)
             target = torch.lerp(x, x_before, float(-ratio / 2), out=x_before)                   # x + ratio / 2 (x - x_before)
         z = SAMPLERS[sampler](z, target, log_snr_t, log_snr_s, noise)
         if sampler == "dpm":                # a copy, for predict_x may write into its canvas again
-            x_before, log_snr_before = x.clone() if x_before is None else x_before.copy_(x), log_snr_t
+            x_before, log_snr_before = x.clone() if x_before is None else x_before.copy_(x), log_snr_t    # (1, 3, H, W)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -788,7 +789,7 @@ def refusing_damage(path):
     """Turn whatever a damaged or forged checkpoint can raise, once it is read, into one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:      # a RuntimeError too, but no fault of the file
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
         raise HFDError(f"{path}: the checkpoint is incomplete or damaged ({' '.join(str(error).split())[:120]})") from None

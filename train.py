@@ -341,7 +341,7 @@ def measured(results, packed):
 
 def export(args):
     """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe, and what was measured."""
-    if os.path.exists(args.out) and "training" in hfd.read_checkpoint(args.out):
+    if os.path.isfile(args.out) and "training" in hfd.read_checkpoint(args.out):
         raise HFDError(f"{args.out}: could not be resumed any more if it were overwritten by an export; name another file")
     model = hfd.load_model(args.checkpoint)
     packed = hfd.pack(model.autoencoder, model.tables, model.diffusion, model.recipe, half=True)
@@ -420,10 +420,9 @@ def main(argv=None):
     if args.stage == "export":
         return export(args)
     checked(args)
-    if os.path.exists(args.out) and not args.resume:
-        raise HFDError(f"{args.out}: exists already. --resume continues it; to start anew, name another --out or remove it")
-    if args.resume and not os.path.exists(args.out):
-        raise HFDError(f"{args.out}: no such checkpoint, so there is nothing to --resume")
+    if os.path.exists(args.out) != args.resume:
+        raise HFDError(f"{args.out}: " + ("no such checkpoint, so there is nothing to --resume" if args.resume else
+                                          "exists already. --resume continues it; to start anew, name another --out or remove it"))
     # Two runs writing one checkpoint would ruin both. (Of those that torchrun starts, only one writes.) Held until this function ends.
     lock = lock_of(Path(args.out)) if os.environ.get("RANK", "0") == "0" else None
     resumed = None

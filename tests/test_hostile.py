@@ -99,8 +99,9 @@ def test_a_large_file_of_rubbish_is_refused_at_once(tmp_path):
     """As large as a file may be, and hollow: refused without holding it twice."""
     (tmp_path / "large.hfd").write_bytes(sample.MAGIC + bytes([sample.VERSION]))
     os.truncate(tmp_path / "large.hfd", 4 * sample.MAX_PIXELS)
-    with memory_within(500), pytest.raises(HFDError, match="checksum"):
+    with memory_within(500), pytest.raises(HFDError) as caught:
         sample.main(["info", str(tmp_path / "large.hfd")])
+    assert "large.hfd: damaged" in str(caught.value)
 
 
 def test_info_on_hostile_files(model, photo, tmp_path):
