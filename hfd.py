@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from entropy import SCALES, FactorizedPrior, Tables
+from entropy import Prior, Tables
 
 # ------------------------------------------------------------------------------------------------------
 # Stage 1: the autoencoder
@@ -186,7 +186,7 @@ class Autoencoder(nn.Module):
         with torch.device("cpu"):                           # whatever device the rest is built on
             basis = transform_basis(config.latents)
         self.analysis, self.synthesis = Analysis(config, basis), Synthesis(config, basis)
-        self.prior = FactorizedPrior(config.latents)
+        self.prior = Prior(config.latents, len(config.lambdas))
         # Which steps to start from: at high rate, a coefficient quantized with step d costs h - log2 d bits and has
         # the squared error d^2 / 12. Setting the derivative of rate + price * error to zero: d^2 = 6 / (price ln 2).
         # The transform is orthonormal, so that errors in y are errors in x. `price` is lambda for the squared error of one
@@ -222,14 +222,8 @@ class Autoencoder(nn.Module):
         return {"loss": weight * (bpp + lambdas[q] * mse), "bpp": bpp, "mse": mse}
 
     def cost(self, for_rate, for_decoder, x, q):
-        """(bpp, mse), (B,) each, of pictures x at levels q. Two stand-ins for the integer latent, (B, M, h, w), in units of steps.
-        (The map of scales, a few thousandths of a bit per pixel, is not counted.)"""
-        step = self.step(q)                                                                     # (B, M, 1, 1)
-        with torch.no_grad():       # each cell's prior is stretched as is best for it, see entropy.choose_scales
-            bits = torch.stack([self.prior.bits(for_decoder * step / s, step / s).sum(dim=1, keepdim=True)
-                                for s in SCALES])                                               # (S, B, 1, h, w)
-            scale = torch.tensor(SCALES, device=x.device)[bits.argmin(dim=0)]                   # (B, 1, h, w)
-        bits = self.prior.bits(for_rate * step / scale, step / scale).sum(dim=(1, 2, 3))        # (B,)
+        """(bpp, mse), (B,) each, of pictures x at levels q. Two stand-ins for the integer latent, (B, M, h, w), in units of steps."""
+        bits = self.prior.bits(for_rate, for_decoder, self.step(q), q).sum(dim=(1, 2, 3))       # (B,)
         x_hat = self.synthesis(self.dequantize(for_decoder, q), q)                              # (B, 3, H, W)
         return bits / (x.shape[-2] * x.shape[-1]), (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2
 
@@ -263,8 +257,9 @@ class Autoencoder(nn.Module):
     def encode(self, x, q, tile=1024, refine=0, on_step=lambda step: None):
         """Picture (1, 3, H, W) in [-1, 1], sides multiples of 16, to its integer latent k (1, M, H/16, W/16), int32.
 
-        refine: steps of `refine`, 0 for none. It goes tile by tile, whose searches need not agree in the context that they share; this
-        may cost a few bits, but nothing goes wrong, for the decoder sees one latent. on_step is told how many of these steps are done."""
+        refine: steps of `refine`, 0 for none. Tiles are searched one by one, and need not agree in the margins that they share, nor in which
+        pass a cell is coded; this may cost a few bits, but nothing goes wrong, for the decoder sees one latent.
+        on_step is told how many of these steps are done."""
         u = x.new_empty(1, self.config.latents, x.shape[-2] // CELL, x.shape[-1] // CELL)
         level = torch.tensor([q], device=x.device)
         if refine:
@@ -698,7 +693,7 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
 # Housekeeping: checkpoints, devices, errors
 # ------------------------------------------------------------------------------------------------------
 
-FORMAT = "hfd checkpoint 1"
+FORMAT = "hfd checkpoint 2"
 
 
 class HFDError(Exception):
@@ -831,7 +826,7 @@ def load_model(path, device="cpu"):
         if packed["digest"] != fingerprint(packed["tables"], first["weights"], second["weights"]):
             raise ValueError("its digest does not match")
         autoencoder, diffusion = rebuild(Autoencoder, AutoencoderConfig(**first["config"]), first["weights"]), None
-        fits = tables.validate().low[:, 0].shape == autoencoder.log_step.shape                  # (Q, M) both
+        fits = tables.validate().octaves.shape == autoencoder.log_step.shape                    # (Q, M) both
         if second["weights"]:                               # there are none before stage 2
             diffusion = rebuild(Diffusion, DiffusionConfig(**second["config"]), second["weights"])
             fits = fits and diffusion.config.levels == len(autoencoder.log_step) and diffusion.config.objective in SCHEDULES

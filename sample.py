@@ -8,7 +8,7 @@
 An .hfd file is a header of 22 bytes, an optional HFD+ map, the range-coded latent, and nothing else. Numbers are big-endian:
 
     bytes  0-2   "HFD"
-           3     version of the format, 1
+           3     version of the format, 2
            4     quality level, 1 .. Q
            5     HFD+: side of the map's blocks in pixels as a power of two (4 .. 7), or 0 for no map
            6-9   width, height in pixels, 16 bits each
@@ -39,7 +39,7 @@ import entropy
 import hfd
 from hfd import CELL, HFDError
 
-MAGIC, VERSION = b"HFD", 1
+MAGIC, VERSION = b"HFD", 2
 HEADER = struct.Struct(">3sBBBHHI4s")       # without the checksum, which follows it
 HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
@@ -317,9 +317,12 @@ def run_info(args):
     if args.model:
         model = hfd.load_model(args.model)
         print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
-        networks = {"autoencoder": model.autoencoder, "diffusion": model.diffusion, "measured": None}
+        networks = {"autoencoder": model.autoencoder, "prior": model.autoencoder.prior, "diffusion": model.diffusion, "measured": None}
         for part, network in networks.items():
-            size = f" {sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters, {network.config}" if network else ""
+            if part == "prior" and not model.recipe.get(part):      # it was learned with the autoencoder
+                continue
+            size = f" {sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters" if network else ""
+            size += f", {network.config}" if hasattr(network, "config") else ""
             print(f"{part}:" + (size if part in model.recipe else " nothing yet"))
             for name, value in model.recipe.get(part, {}).items():      # (text from a stranger must not steer the terminal)
                 print("  " + "".join(c if c.isprintable() else "?" for c in f"{name:10} {value}"))
@@ -405,13 +408,15 @@ def command_line():
     for p in (demo, c):
         p.add_argument("--quality", type=int, default=2, metavar="Q", help="1 (smallest file) to 6 (best picture)")
     c.add_argument("--plus", action="store_true", help="HFD+: add a map of the missing detail's energy, under 0.001 bpp")
-    c.add_argument("--refine", type=int, default=0, metavar="N", help="search a better latent for this picture in N steps: a smaller file, slowly; 100 is a good number")
+    c.add_argument("--refine", type=int, default=0, metavar="N",
+                   help="search a better latent for this picture in N steps: more for the same bits, slowly; 100 is a good number")
     c.add_argument("--seed", type=seed_number, default=0, help="seed of the sampler's noise, stored in the file")
     d = commands.add_parser("decompress", help=".hfd file to picture", **show)
     d.add_argument("input", help=".hfd file")
     d.add_argument("output", help="picture to write; the ending says the format, .png keeps it exact")
     d.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps: network evaluations per patch")
-    d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS), help="ddpm: ancestral; ddim: deterministic, for a flow model Euler's and the default; dpm: second order, else the default")
+    d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS),
+                   help="ddpm: ancestral; ddim: deterministic, for a flow model Euler's and the default; dpm: second order, else the default")
     d.add_argument("--rho", type=float, default=1.0, help="realism: 0 is the autoencoder's picture, 1 the full sample")
     d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
     d.add_argument("--eta", type=float, help="shift of the noise schedule: less is less noise; the paper has 0.5, by default it follows the residual's size")

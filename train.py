@@ -229,16 +229,27 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
 
 
 def train_autoencoder(args, resumed=None):
-    """Stage 1: transforms, steps and prior, all levels at once (paper, section on the autoencoder; Balle et al. 2018)."""
+    """Stage 1: transforms, steps and prior, all levels at once (paper, section on the autoencoder; Balle et al. 2018). With --prior-of, the
+    prior alone."""
     device = hfd.pick_device(args.device)
     torch.manual_seed(args.seed)
     photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.seed)
-    config = hfd.AutoencoderConfig(**resumed["autoencoder"]["config"]) if resumed else None     # what it was, whatever the defaults are now
+    base = hfd.load_model(args.prior_of, device) if args.prior_of else None
+    config = hfd.AutoencoderConfig(**resumed["autoencoder"]["config"]) if resumed else base and base.autoencoder.config  # not today's defaults
     model = hfd.Autoencoder(config).to(device, memory_format=torch.channels_last)
     levels = len(model.config.lambdas)
-    with torch.no_grad():
-        x = photos.crops(32, args.crop)
-        model.prior.fit_scale(model.analysis(x, torch.zeros(len(x), dtype=torch.long, device=device)))
+    if base:            # only the prior learns: pictures stay what they were, and only bits change
+        if resumed:
+            kept = [{n: t.float().cpu() for n, t in weights.items() if not n.startswith("prior.")}
+                    for weights in (resumed["autoencoder"]["weights"], base.autoencoder.state_dict())]
+            if hfd.fingerprint(kept[0]) != hfd.fingerprint(kept[1]):
+                raise HFDError(f"{args.out}: was not trained with --prior-of this {args.prior_of}, so --resume cannot continue it")
+        model.load_state_dict(base.autoencoder.state_dict())
+        model.requires_grad_(False).prior.requires_grad_(True)
+    else:
+        with torch.no_grad():
+            x = photos.crops(32, args.crop)
+            model.prior.fit_scale(model.analysis(x, torch.zeros(len(x), dtype=torch.long, device=device)))
 
     def batch_loss(model, size, batch):
         """The mean objective over random crops, each at a random level."""
@@ -247,13 +258,18 @@ def train_autoencoder(args, resumed=None):
         return {name: value.mean() for name, value in model(x, q).items()}
 
     def checkpoint(ema, recipe):
-        """Averaged weights, with the prior frozen to integer tables."""
-        return hfd.pack(ema, entropy.freeze(ema.prior, ema.log_step.exp()), None, {"autoencoder": recipe})
+        """Averaged weights, with the prior frozen to integer tables. A denoiser for the same pictures stays in it."""
+        tables = entropy.freeze(ema.prior, ema.log_step.exp())
+        if base:
+            return hfd.pack(ema, tables, base.diffusion, {part: told for part, told in base.recipe.items() if part != "measured"} | {"prior": recipe})
+        return hfd.pack(ema, tables, None, {"autoencoder": recipe})
 
-    # The linear path starts at a good place, with entries of about 0.04: it is refined, ten times more slowly.
-    linear = [p for name, p in model.named_parameters() if "linear" in name]
-    others = [p for name, p in model.named_parameters() if "linear" not in name]
-    groups = [{"params": others, "scale": 1.0}, {"params": linear, "scale": 0.1}]
+    def scale(name):
+        """The linear path starts at a good place, with entries of about 0.04: it is refined, ten times more slowly than the rest. The
+        prior's parameters are octaves and weights of neighbours, of about 1, and may move ten times as fast."""
+        return 0.1 if "linear" in name else 10.0 if name.startswith("prior") else 1.0
+
+    groups = [{"params": [p for name, p in model.named_parameters() if scale(name) == s], "scale": s} for s in (0.1, 1.0, 10.0)]
     fit(args, "autoencoder", model, batch_loss, groups, checkpoint, photos, resumed)
 
 
@@ -312,7 +328,7 @@ def train_diffusion(args, resumed=None):
 
     def checkpoint(ema, recipe):
         """Averaged weights, beside the autoencoder and tables that they belong to."""
-        return hfd.pack(autoencoder, base.tables, ema, {"autoencoder": base.recipe.get("autoencoder", {}), "diffusion": recipe})
+        return hfd.pack(autoencoder, base.tables, ema, {part: base.recipe.get(part, {}) for part in ("autoencoder", "prior")} | {"diffusion": recipe})
 
     fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos, resumed)
 
@@ -378,6 +394,8 @@ def command_line():
         p.add_argument("--megapixels", type=float, default=2000, help="most picture data to keep in memory (3 bytes a pixel)")
         p.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps per progress line")
         p.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="steps per checkpoint")
+    ae.add_argument("--prior-of", metavar="FILE", help="learn only a new prior, for the autoencoder in this checkpoint: the same pictures in "
+                    "smaller files (files of the old one can then not be read)")
     diffusion.add_argument("--autoencoder", metavar="FILE", default="runs/autoencoder.pt", help="checkpoint of stage 1")
     diffusion.add_argument("--eta", type=float, default=0.1, help="shift of the noise schedule; 1 is cosine, the paper has 0.5")
     diffusion.add_argument("--objective", choices=sorted(hfd.SCHEDULES), default="v", help="v: diffusion; flow: rectified flow")

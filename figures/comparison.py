@@ -13,7 +13,7 @@ from figures import codecs, common
 
 def main(argv=None):
     """Code the portrait with each codec in as many bytes, and set the results side by side."""
-    run = common.Run("comparison", __doc__, argv, level=1)
+    run = common.Run("comparison", __doc__, argv, level=2)
     image, args = run.images[0], run.args
     data, _ = sample.compress(image, run.model, args.level, args.seed)
     shown = [("original", image)]

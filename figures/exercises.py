@@ -5,6 +5,7 @@
 It does what a student does who tries them one after the other; read it only after you have tried.
 """
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -46,15 +47,13 @@ def knobs(image, model):
         print(f"7. map {energy}: texture {gradient(sample.to_image(x, *image.size)):.2f}")
 
 
-def towards_zero(autoencoder, k, x, q, tables):
+def towards_zero(autoencoder, k, x, q):
     """Exercise 10: the latent k (1, M, h, w) of x at level q, with those symbols one nearer to zero for which that lowers rate + lambda * error, if
-    the transform were orthonormal."""
+    the transform were orthonormal and the context stayed what it is."""
     level, k = torch.tensor([q]), k.float()
-    step = autoencoder.step(level)                                                                  # (1, M, 1, 1)
-    stretch = torch.tensor(entropy.SCALES)[torch.from_numpy(entropy.choose_scales(k[0].int().numpy(), tables, q))]     # (h, w)
     price = autoencoder.config.lambdas[q] * 127.5 ** 2 / 3
-    cost = lambda k: (autoencoder.prior.bits(k * step / stretch, step / stretch) +
-                      price * (autoencoder.dequantize(k, level) - autoencoder.analysis(x, level)).square())     # (1, M, h, w)
+    cost = lambda u: (autoencoder.prior.bits(u, k, autoencoder.step(level), level) +
+                      price * (autoencoder.dequantize(u, level) - autoencoder.analysis(x, level)).square())     # (1, M, h, w)
     return torch.where(cost(k - k.sign()) < cost(k), k - k.sign(), k).int()
 
 
@@ -70,15 +69,16 @@ def bits(image, model):
     autoencoder.offset.data.zero_()
     print("5. without offsets: PSNR " + show(psnr(k, q) - before[q] for q, k in enumerate(latents)) + " dB")
     autoencoder.offset.data.copy_(offset)
-    choose, precision = entropy.choose_scales, entropy.PRECISION
+    for part in ("shift", "near", "across"):
+        deaf = replace(model.tables, **{part: torch.zeros_like(getattr(model.tables, part))})
+        print(f"6. without {part}: " + show(100 * (size(deaf) / bytes_before - 1)) + " % of the bytes")
+    precision = entropy.PRECISION
     try:
-        entropy.choose_scales = lambda k, tables, q: np.full(k.shape[1:], len(entropy.SCALES) // 2)
-        print("6. one scale for all: " + show(100 * (size(model.tables) / bytes_before - 1)) + " % of the bytes")
-        entropy.choose_scales, entropy.PRECISION, entropy.TOTAL = choose, 16, 1 << 16
+        entropy.PRECISION, entropy.TOTAL = 16, 1 << 16
         print("8. 16 bits: " + show(100 * (size(entropy.freeze(autoencoder.prior, autoencoder.log_step.exp())) / bytes_before - 1)) + " % of the bytes")
     finally:
-        entropy.choose_scales, entropy.PRECISION, entropy.TOTAL = choose, precision, 1 << precision
-    rounded = [towards_zero(autoencoder, k, x, q, model.tables) for q, k in enumerate(latents)]
+        entropy.PRECISION, entropy.TOTAL = precision, 1 << precision
+    rounded = [towards_zero(autoencoder, k, x, q) for q, k in enumerate(latents)]
 
     def objective(k, q):
         """What training minimises, of this one picture."""

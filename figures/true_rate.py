@@ -6,6 +6,7 @@ Everybody has a JPEG decoder; ours is a file of megabytes. Counted over N pictur
 equal PSNR (autoencoder) and at equal Frechet distance (HFD)? And what do decoders pay in computing: multiply-adds and seconds per megapixel.
 """
 import json
+import math
 import os
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def main(argv=None):
             if rate > point["bpp"]:
                 crossing = model_bits / ((rate - point["bpp"]) * pixels)
                 panels[0].plot(crossing, rate, color=colour, marker=marker)
-                panels[0].annotate(f"{crossing:,.0f}", (crossing, rate), (-5, -2), textcoords="offset points", fontsize=8, color=colour, ha="right", va="top")
+                panels[0].annotate(f"{math.ceil(crossing):,}", (crossing, rate), (-5, -2), textcoords="offset points", fontsize=8, color=colour,
+                                   ha="right", va="top")
     panels[0].set(title="Bits for one realism, the model's share included", xlabel="pictures that share one model", ylabel="bits per pixel",
                   xscale="log", yscale="log")
     common.plain_log_ticks(panels[0])

@@ -58,6 +58,8 @@ def tiny_model(photo, tmp_path_factory):
     autoencoder = hfd.Autoencoder(hfd.AutoencoderConfig((0.001, 0.004, 0.016), 24, (8, 8, 8, 8), (0, 0, 0, 1)))
     with torch.no_grad():
         autoencoder.prior.fit_scale(autoencoder.analysis(sample.to_tensor(photo, "cpu"), torch.tensor([0])))
+        for weights, value in ((autoencoder.prior.near, 0.25), (autoencoder.prior.shift, 0.5), (autoencoder.prior.across, 0.02)):
+            weights.fill_(value)                            # some context
     diffusion = hfd.Diffusion(hfd.DiffusionConfig(levels=3, widths=(8, 16), blocks=1))
     for weight in diffusion.parameters():
         if not weight.any():

@@ -113,16 +113,18 @@ def test_refined_latents_cost_less():
 
 
 def test_estimated_bits_are_the_table_bits():
-    """The prior's estimate at rounded latents and the frozen tables' cross-entropy agree: nothing is lost in freezing."""
+    """The prior's estimate at rounded latents and the frozen tables' cross-entropy agree within 1 %: little is lost in freezing."""
     model, x = small_autoencoder(), smooth_picture(128, 8)
     model.prior.fit_scale(model.analysis(x, torch.tensor([0])))
+    with torch.no_grad():
+        for weights in (model.prior.near, model.prior.shift, model.prior.across):       # some context
+            weights.uniform_(0, 1 / weights.shape[0])
     tables = entropy.freeze(model.prior, model.log_step.exp())
     for q in range(6):
         k = model.encode(x, q)
         with torch.no_grad():
             bpp, _ = model.cost(k.float(), k.float(), x, torch.tensor([q]))
-        # The prior takes each cell's best scale, the coder pays for saying which: at least a tenth of a bit for each of the 8 x 8.
-        assert 0 < entropy.cross_entropy(k[0].numpy(), tables, q) - bpp.item() * 128 ** 2 < 2 * 64
+        assert entropy.cross_entropy(k[0].numpy(), tables, q) == pytest.approx(bpp.item() * 128 ** 2, rel=0.01)
 
 
 # Tiles --------------------------------------------------------------------------------------------------

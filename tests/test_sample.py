@@ -372,7 +372,7 @@ def test_forged_checkpoints_are_refused(tiny_model, tmp_path):
     claim = lambda part, **config: lambda packed: packed[part]["config"].update(config)
     note = lambda recipe: lambda packed: packed.update(recipe={"autoencoder": recipe})
     doubled = functools.reduce(lambda inner, _: [inner, inner], range(30), "x")
-    foreign = vars(entropy.freeze(entropy.FactorizedPrior(3), torch.ones(1, 3)))
+    foreign = vars(entropy.freeze(entropy.Prior(3, 1), torch.ones(1, 3)))
     changes = [lambda packed: packed.update(tables=foreign), lambda packed: packed["tables"]["cdf"].sub_(1), claim("diffusion", levels=1),
                claim("autoencoder", widths=()), claim("autoencoder", widths=(10 ** 6,) * 4), claim("autoencoder", blocks=(0, 0, 0, 10 ** 12)),
                claim("diffusion", blocks=10 ** 12), claim("diffusion", levels=10 ** 12), claim("diffusion", objective="guess"),
@@ -450,7 +450,7 @@ def test_compress_info_decompress(desk, photo, tiny_model, model, data, capsys):
     assert all(word in printed for word in ("estimated", "payload", "file", f"{len(data)} bytes", "100x75"))
     sample.main(["info", files[1]])
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("100x75", "version 1", model.identity.hex(), str(len(data))))
+    assert all(word in printed for word in ("100x75", f"version {sample.VERSION}", model.identity.hex(), str(len(data))))
     sample.main(["info", "--model", tiny_model])
     assert model.identity.hex() in capsys.readouterr().out
     sample.main(["decompress", *files[1:], "--steps", "2", "--model", tiny_model])
