@@ -99,9 +99,10 @@ class Prior(nn.Module):
         padded = F.pad(k.flatten(2), (0, 1))                                                    # (B, M, h*w + 1)
         means, sizes, parts = [], [], coarse_to_fine(*k.shape[2:])
         for n, (_, around, share) in enumerate(parts):
-            near, share = padded[..., around], torch.from_numpy(share).to(k) / 12               # (B, M, 4, n), (n,)
-            means.append(self.shift[n][:, None] * near.sum(2) * share)                          # (B, M, n)
-            sizes.append(self.by_pass[n][:, None] + self.near[n][:, None] * torch.log2(1 + near.abs().sum(2) * share))
+            others, share = padded[..., around], torch.from_numpy(share).to(k) / 12             # (B, M, 4, n), (n,)
+            means.append(self.shift[n][:, None] * others.sum(2) * share)                        # (B, M, n)
+            size = torch.log2(1 + others.abs().sum(2) * share)                                  # (B, M, n)
+            sizes.append(self.by_pass[n][:, None] + self.near[n][:, None] * size)               # (B, M, n)
         back = np.concatenate([cells for cells, _, _ in parts]).argsort()                       # (h*w,) from the passes' order to rows
         across = self.across.tril(-1) @ torch.log2(1 + k.flatten(2).abs())                      # (B, M, h*w)
         return torch.cat(means, 2)[..., back].view(k.shape), (torch.cat(sizes, 2)[..., back] + across).view(k.shape)
@@ -146,7 +147,8 @@ def coarse_to_fine(h, w):
     result = []
     for chosen, offsets in passes:
         cells = np.flatnonzero(chosen)
-        around = np.array([number[REACH + i[cells] + down, REACH + j[cells] + right] for down, right in offsets], np.int64).reshape(len(offsets), len(cells))
+        around = [number[REACH + i[cells] + down, REACH + j[cells] + right] for down, right in offsets]
+        around = np.array(around, np.int64).reshape(len(offsets), len(cells))
         result.append((cells, around, 12 // np.maximum((around < h * w).sum(0), 1)))
     return result
 

@@ -318,9 +318,9 @@ def run_info(args):
         model = hfd.load_model(args.model)
         print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
         networks = {"autoencoder": model.autoencoder, "prior": model.autoencoder.prior, "diffusion": model.diffusion, "measured": None}
+        if "prior" not in model.recipe:                     # it was learned with the autoencoder
+            del networks["prior"]
         for part, network in networks.items():
-            if part == "prior" and not model.recipe.get(part):      # it was learned with the autoencoder
-                continue
             size = f" {sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters" if network else ""
             size += f", {network.config}" if hasattr(network, "config") else ""
             print(f"{part}:" + (size if part in model.recipe else " nothing yet"))

@@ -223,6 +223,11 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
               ("; continue with --resume" if step < args.steps else "") + f". {hfd.peak_memory(device)}")
 
 
+def lineage(base, part, recipe):
+    """The record of a model that goes on from `base`: what is told of that, but not the numbers measured on it, and how this part was made."""
+    return {name: told for name, told in base.recipe.items() if name != "measured"} | {part: recipe}
+
+
 # ------------------------------------------------------------------------------------------------------
 # Stage 1: rate + lambda * MSE
 # ------------------------------------------------------------------------------------------------------
@@ -234,16 +239,11 @@ def train_autoencoder(args, resumed=None):
     device = hfd.pick_device(args.device)
     torch.manual_seed(args.seed)
     photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.seed)
-    base = hfd.load_model(args.prior_of, device) if args.prior_of else None
+    base = hfd.load_model(args.out if resumed else args.prior_of, device) if args.prior_of else None
     config = hfd.AutoencoderConfig(**resumed["autoencoder"]["config"]) if resumed else base and base.autoencoder.config  # not today's defaults
     model = hfd.Autoencoder(config).to(device, memory_format=torch.channels_last)
     levels = len(model.config.lambdas)
     if base:            # only the prior learns: pictures stay what they were, and only bits change
-        if resumed:
-            kept = [{n: t.float().cpu() for n, t in weights.items() if not n.startswith("prior.")}
-                    for weights in (resumed["autoencoder"]["weights"], base.autoencoder.state_dict())]
-            if hfd.fingerprint(kept[0]) != hfd.fingerprint(kept[1]):
-                raise HFDError(f"{args.out}: was not trained with --prior-of this {args.prior_of}, so --resume cannot continue it")
         model.load_state_dict(base.autoencoder.state_dict())
         model.requires_grad_(False).prior.requires_grad_(True)
     else:
@@ -261,7 +261,7 @@ def train_autoencoder(args, resumed=None):
         """Averaged weights, with the prior frozen to integer tables. A denoiser for the same pictures stays in it."""
         tables = entropy.freeze(ema.prior, ema.log_step.exp())
         if base:
-            return hfd.pack(ema, tables, base.diffusion, {part: told for part, told in base.recipe.items() if part != "measured"} | {"prior": recipe})
+            return hfd.pack(ema, tables, base.diffusion, lineage(base, "prior", recipe))
         return hfd.pack(ema, tables, None, {"autoencoder": recipe})
 
     def scale(name):
@@ -328,7 +328,7 @@ def train_diffusion(args, resumed=None):
 
     def checkpoint(ema, recipe):
         """Averaged weights, beside the autoencoder and tables that they belong to."""
-        return hfd.pack(autoencoder, base.tables, ema, {part: base.recipe.get(part, {}) for part in ("autoencoder", "prior")} | {"diffusion": recipe})
+        return hfd.pack(autoencoder, base.tables, ema, lineage(base, "diffusion", recipe))
 
     fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos, resumed)
 
