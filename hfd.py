@@ -11,7 +11,7 @@ A small, complete implementation of "High-Fidelity Image Compression with Score-
 
 The file goes in that order: the autoencoder, the noise schedule, the denoiser and its loss, the samplers, pictures of
 any size; housekeeping comes last. Symbols are the paper's: x image, y latent, x_hat reconstruction, t in [0, 1] time, z_t noisy
-image, eps noise, v velocity, alpha_t and sigma_t the scales of signal and noise, log_snr their log ratio.
+image, eps noise, v velocity, alpha_t and sigma_t the scales of signal and noise, log_snr = log(alpha_t^2 / sigma_t^2).
 Pictures are float tensors (B, 3, H, W), RGB, in [-1, 1].
 """
 import contextlib
@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import math
 import os
+import pickletools
 import platform
 import resource
 import sys
@@ -34,9 +35,7 @@ from torch import nn
 
 from entropy import Prior, Tables
 
-# ------------------------------------------------------------------------------------------------------
-# Stage 1: the autoencoder
-# ------------------------------------------------------------------------------------------------------
+# Stage 1: the autoencoder -----------------------------------------------------------------------------
 
 CELL = 16   # pixels per latent sample and side. Every network's total stride divides it; pictures are padded to it.
 
@@ -58,9 +57,8 @@ COLOUR = F.normalize(torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=tor
 def transform_basis(count):
     """The `count` most important functions of an orthonormal colour + lapped transform, shape (count, 3, 32, 32).
 
-    Start from what is known. JPEG's idea (Ahmed, Natarajan & Rao 1974): rotate the colours so that most energy is in one
-    channel, then expand each block of pixels in cosines (DCT); photographs put nearly all their energy into few of the
-    coefficients.
+    Start from what is known. JPEG's idea: rotate the colours so that most energy is in one channel, then expand each block of
+    pixels in cosines (DCT; Ahmed, Natarajan & Rao 1974); photographs put nearly all their energy into few of the coefficients.
 
     Blocks show their edges at low rates, so JPEG's blocks are replaced by functions twice as wide that overlap
     by half and still form an orthonormal basis: the lapped orthogonal transform (Malvar & Staelin 1989). Its recipe: the even
@@ -102,24 +100,22 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(h))
 
 
-# Both transforms are a linear path plus a deep one. The linear path is one convolution and starts as a transform codec that works.
-# The deep path has four stride-2 stages of residual blocks, like the transforms of ELIC (He et al. 2022); its last layer starts at
-# zero, so that all it ever does is improve on the linear one.
+class Transform(nn.Module):
+    """A linear path plus a deep one. The linear path is one convolution and starts as a transform codec that works. The deep path has four
+    stride-2 stages of residual blocks, like the transforms of ELIC (He et al. 2022); its last layer starts at zero, so that all it
+    ever does is improve on the linear one."""
 
-
-class DeepPath(nn.ModuleList):
-    """Layers one after the other, of which only the residual blocks are told the level q, (B,)."""
-
-    def forward(self, h, q):
-        """h: (B, C, h, w), as the first layer takes it. Returns what the last layer makes of it."""
-        for layer in self:
+    def forward(self, x, q):
+        """x: (B, C, ., .), as both paths take it; q: (B,) levels, of which only residual blocks are told. Returns float32."""
+        x = h = x.contiguous(memory_format=torch.channels_last)                                 # (B, C, ., .)
+        for layer in self.deep:
             h = layer(h, q) if isinstance(layer, ResidualBlock) else layer(h)
-        return h
+        return self.linear(x).float() + h.float()
 
 
-class Analysis(nn.Module):
-    """Picture (B, 3, H, W) to latent y (B, M, H/16, W/16). Strides come from `PixelUnshuffle`: each 2x2 square of
-    pixels becomes one pixel of four times the channels, so that no convolution runs at full resolution."""
+class Analysis(Transform):
+    """Picture x (B, 3, H, W) in [-1, 1], sides multiples of 16, to latent y (B, M, H/16, W/16). Strides come from `PixelUnshuffle`: each
+    2x2 square of pixels becomes one pixel of four times the channels, so that no convolution runs at full resolution."""
 
     def __init__(self, config, basis):
         super().__init__()
@@ -137,17 +133,12 @@ class Analysis(nn.Module):
         layers += [nn.ReLU(), nn.Conv2d(width, config.latents, 1)]
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)
-        self.deep = DeepPath(layers)
-
-    def forward(self, x, q):
-        """x: (B, 3, H, W) in [-1, 1], sides multiples of 16; q: (B,) levels. Returns y in float32."""
-        x = x.contiguous(memory_format=torch.channels_last)                                     # (B, 3, H, W)
-        return self.linear(x).float() + self.deep(x, q).float()                                 # (B, M, H/16, W/16)
+        self.deep = nn.ModuleList(layers)
 
 
-class Synthesis(nn.Module):
-    """Latent y_hat (B, M, h, w) to reconstruction x_hat (B, 3, 16 h, 16 w). The transpose of an orthonormal
-    matrix is its inverse, so the linear path starts from the same basis."""
+class Synthesis(Transform):
+    """Dequantized latent y_hat (B, M, h, w) to reconstruction x_hat (B, 3, 16 h, 16 w), not yet clamped to [-1, 1]. The transpose of an
+    orthonormal matrix is its inverse, so the linear path starts from the same basis."""
 
     def __init__(self, config, basis):
         super().__init__()
@@ -158,26 +149,21 @@ class Synthesis(nn.Module):
         self.linear = nn.Sequential(conv, nn.PixelShuffle(CELL), nn.ZeroPad2d(-CELL // 2))
         width = config.widths[-1]
         layers = [nn.Conv2d(config.latents, width, 3, padding=1)]
-        for w, n in zip((config.widths[-2::-1] + (3,)), config.blocks[::-1]):
+        for w, n in zip(config.widths[-2::-1] + (3,), config.blocks[::-1]):
             layers += [ResidualBlock(width, len(config.lambdas)) for _ in range(n)]
             layers += [nn.Conv2d(width, 4 * w, 3, padding=1), nn.PixelShuffle(2)]
             width = w
         nn.init.zeros_(layers[-2].weight)
         nn.init.zeros_(layers[-2].bias)
-        self.deep = DeepPath(layers)
-
-    def forward(self, y, q):
-        """y: (B, M, h, w), dequantized; q: (B,) levels. Returns x_hat in float32, not yet clamped to [-1, 1]."""
-        y = y.contiguous(memory_format=torch.channels_last)                                     # (B, M, h, w)
-        return self.linear(y).float() + self.deep(y, q).float()                                 # (B, 3, 16 h, 16 w)
+        self.deep = nn.ModuleList(layers)
 
 
 class Autoencoder(nn.Module):
-    """Transforms, quantization steps and prior: everything about the bits. One model for the whole rate-distortion curve.
+    """Transforms, quantization steps and prior: everything about the bits.
 
-    The paper trains one autoencoder per rate. Here one serves all quality levels q = 0 .. Q-1: level q quantizes
-    channel m with a step of its own, step[q, m]; coarse steps give few bits. The prior is continuous, so
-    it knows the probabilities for every step.
+    The paper trains one autoencoder per rate. Here one serves the whole rate-distortion curve, quality levels q = 0 .. Q-1: level q
+    quantizes channel m with a step of its own, step[q, m]; coarse steps give few bits. The prior is continuous, so it knows the
+    probabilities for every step.
     """
 
     def __init__(self, config=None):
@@ -187,8 +173,8 @@ class Autoencoder(nn.Module):
             basis = transform_basis(config.latents)
         self.analysis, self.synthesis = Analysis(config, basis), Synthesis(config, basis)
         self.prior = Prior(config.latents, len(config.lambdas))
-        # Which steps to start from: at high rate, a coefficient quantized with step d costs h - log2 d bits and has
-        # the squared error d^2 / 12. Setting the derivative of rate + price * error to zero: d^2 = 6 / (price ln 2).
+        # Which steps to start from: at high rate, a coefficient quantized with step d costs h - log2 d bits (h is its differential
+        # entropy) and has the squared error d^2 / 12. Setting the derivative of rate + price * error to zero: d^2 = 6 / (price ln 2).
         # The transform is orthonormal, so that errors in y are errors in x. `price` is lambda for the squared error of one
         # coefficient: x is in units of 127.5, and MSE averages over three channels.
         price = torch.tensor(config.lambdas) * 127.5 ** 2 / 3
@@ -279,9 +265,7 @@ class Autoencoder(nn.Module):
         return apply_tiled(lambda window: self.synthesis(self.dequantize(window, level), level), [k], x_hat, tile).clamp_(-1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------
-# Noise
-# ------------------------------------------------------------------------------------------------------
+# Noise ------------------------------------------------------------------------------------------------
 # Diffusion (Sohl-Dickstein et al. 2015; Ho et al. 2020) destroys a picture gradually and learns to go back:
 #
 #     z_t = alpha_t x + sigma_t eps,   eps ~ N(0, I),   alpha_t^2 + sigma_t^2 = 1   ("variance preserving")
@@ -295,16 +279,6 @@ def alpha_sigma(log_snr):
     return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
 
-def shifted(noise, signal, eta):
-    """The log SNR of noise and signal in these proportions, with a factor eta on the noise: -2 log(eta * noise / signal), within +-15."""
-    return (-2 * torch.log(eta * noise / signal)).clamp(-15, 15)
-
-
-def as_time(t):
-    """t as a tensor: a plain number becomes one of float64."""
-    return t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)
-
-
 def log_snr_at(t, eta):
     """The shifted cosine schedule: log_snr(t; eta) = -2 log(eta * tan(pi t / 2)), clamped to +-15 at the ends.
 
@@ -313,9 +287,10 @@ def log_snr_at(t, eta):
     eta = 0.5, *less* noise: x_hat already holds the global structure, and what is left to decide is fine detail, which little noise
     is enough to hide. (Text to image shifts the other way, *simple diffusion* again: there the structure must be invented too.)
 
-    t: float or tensor in [0, 1]. Returns a tensor of its shape."""
-    t = as_time(t)      # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): both stay positive up to the ends
-    return shifted(torch.sin(math.pi / 2 * t), torch.sin(math.pi / 2 * (1 - t)), eta)
+    t: tensor in [0, 1]. Returns its shape."""
+    # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): written so, both stay positive up to the ends.
+    noise, signal = torch.sin(math.pi / 2 * t), torch.sin(math.pi / 2 * (1 - t))
+    return (-2 * torch.log(eta * noise / signal)).clamp(-15, 15)
 
 
 def flow_log_snr_at(t, eta):
@@ -329,16 +304,13 @@ def flow_log_snr_at(t, eta):
     show each of the three.
 
     t, returns: as log_snr_at."""
-    t = as_time(t)
-    return shifted(t, 1 - t, eta)
+    return (-2 * torch.log(eta * t / (1 - t))).clamp(-15, 15)
 
 
 SCHEDULES = {"v": log_snr_at, "flow": flow_log_snr_at}
 
 
-# ------------------------------------------------------------------------------------------------------
-# Stage 2: the denoiser
-# ------------------------------------------------------------------------------------------------------
+# Stage 2: the denoiser --------------------------------------------------------------------------------
 
 
 class ChannelNorm(nn.Module):
@@ -373,9 +345,8 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A compact U-Net (Ronneberger et al. 2015): two halvings and two doublings of the resolution, with additive shortcuts.
-
-    No attention and nothing that mixes distant pixels: see `apply_tiled` for what that buys."""
+    """A compact U-Net (Ronneberger et al. 2015): two halvings and two doublings of the resolution, with additive shortcuts. No attention and
+    nothing that mixes distant pixels: see `apply_tiled` for what that buys."""
 
     def __init__(self, inputs, outputs, widths, blocks, levels, conditioning=128):
         super().__init__()
@@ -403,7 +374,7 @@ class UNet(nn.Module):
                 h = block(h, c)                                                                 # (B, Ci, h/2^i, w/2^i)
             if i < len(self.shrink):
                 shortcuts.append(h)
-                h = self.shrink[i](h)                                                           # (B, Ci+1, h/2^i+1, w/2^i+1)
+                h = self.shrink[i](h)                                                           # (B, C(i+1), h/2^(i+1), w/2^(i+1))
         for i in reversed(range(len(self.up))):
             if i < len(self.grow):
                 h = self.grow[i](h) + shortcuts.pop()                                           # (B, Ci, h/2^i, w/2^i)
@@ -440,7 +411,7 @@ def residual_energy(x, x_hat, std, block):
 
     x, x_hat: (B, 3, H, W); std: (B, 12), the rms residual that the level usually has; block: pixels, a power of two.
     Returns (B, 1, ceil(H / block), ceil(W / block)) integers 0..7: 4 + log2(mean square residual / std^2), rounded."""
-    energy = (x - x_hat).square().mean(dim=1, keepdim=True)                                     # (B, 1, H, W)
+    energy = (x - x_hat).square_().mean(dim=1, keepdim=True)                                    # (B, 1, H, W)
     energy = F.avg_pool2d(energy, block, ceil_mode=True)                                        # (B, 1, H/block, W/block)
     ratio = energy / std.square().mean(dim=1)[:, None, None, None]                              # (B, 1, H/block, W/block)
     return (4 + torch.log2(ratio + 1e-9)).round().clamp(0, ENERGY_LEVELS - 1)
@@ -535,9 +506,7 @@ class Diffusion(nn.Module):
         return (weight * (self.velocity(z, x_hat, log_snr, q, energy) - v).square()).mean()
 
 
-# ------------------------------------------------------------------------------------------------------
-# Samplers
-# ------------------------------------------------------------------------------------------------------
+# Samplers ---------------------------------------------------------------------------------------------
 # Going back from t to a smaller s. Both rules take z = z_t and the denoiser's x, and work in place: z may be large.
 
 
@@ -565,31 +534,29 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm": ddim_step}
 def sample(predict_x, steps, sampler, schedule, noise, on_step=lambda step: None):
     """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t. Returns a tensor of the noise's shape.
 
-    predict_x(z, log_snr): the denoiser; log_snr is a float64 scalar tensor. sampler: "ddpm", "ddim" or "dpm". schedule(t): log_snr.
+    predict_x(z, log_snr): the denoiser; log_snr is a float64 scalar tensor. sampler: "ddpm", "ddim" or "dpm". schedule: t to log_snr, tensors.
     noise(): a fresh standard normal tensor. The last step returns the denoiser's x itself."""
-    z, x_before, log_snr_before = noise(), None, None
-    for i in range(steps):
-        log_snr_t, log_snr_s = schedule(1 - i / steps), schedule(1 - (i + 1) / steps)
+    log_snr = [schedule(torch.tensor(1 - i / steps, dtype=torch.float64)) for i in range(steps + 1)]
+    z, x_before = noise(), None
+    for i, (log_snr_t, log_snr_s) in enumerate(zip(log_snr, log_snr[1:])):
         x = predict_x(z, log_snr_t)
         on_step(i + 1)
         if i + 1 == steps:
             return x
         target = x
-        if sampler == "dpm" and x_before is not None and log_snr_t > log_snr_before:
+        if sampler == "dpm" and i > 0 and log_snr_t > log_snr[i - 1]:
             # DPM-Solver++(2M) (Lu et al. 2022): DDIM treats x as constant during a step, though the denoiser's x moves
             # with the noise. So continue the line through its last two values to the middle of this step, on the
             # log_snr axis: second order, at the price of remembering one picture. (Where the schedule is clamped, nothing has moved.)
             # What was remembered has then served, and the target takes its place in memory.
-            ratio = (log_snr_s - log_snr_t) / (log_snr_t - log_snr_before)
+            ratio = (log_snr_s - log_snr_t) / (log_snr_t - log_snr[i - 1])
             target = torch.lerp(x, x_before, float(-ratio / 2), out=x_before)                   # x + ratio / 2 (x - x_before)
         z = SAMPLERS[sampler](z, target, log_snr_t, log_snr_s, noise)
         if sampler == "dpm":                # a copy, for predict_x may write into its canvas again
-            x_before, log_snr_before = x.clone() if x_before is None else x_before.copy_(x), log_snr_t    # (1, 3, H, W)
+            x_before = x.clone() if x_before is None else x_before.copy_(x)                     # (1, 3, H, W)
 
 
-# ------------------------------------------------------------------------------------------------------
-# Pictures of any size, tile by tile
-# ------------------------------------------------------------------------------------------------------
+# Pictures of any size, tile by tile -------------------------------------------------------------------
 
 
 def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, column: True, batch=1):
@@ -689,9 +656,7 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
     return known.clamp_(-1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------
-# Housekeeping: checkpoints, devices, errors
-# ------------------------------------------------------------------------------------------------------
+# Housekeeping: checkpoints, devices, errors -----------------------------------------------------------
 
 FORMAT = "hfd checkpoint 2"
 
@@ -700,12 +665,17 @@ class HFDError(Exception):
     """Something the user can put right. Its text is one line: what is wrong, with which file, what to do."""
 
 
+def printable(text):
+    """The text in one line that steers no terminal: names of files and strangers' checkpoints may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def run(main):
     """Call main(); turn what a user can put right into one line and exit status 1, Ctrl-C into 130."""
     try:
         main()
     except (HFDError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(said in str(error) for said in ("out of memory", "allocate memory")):
             raise
@@ -730,12 +700,14 @@ def write_atomically(path, write):
 
 @dataclass
 class Model:
-    """A loaded checkpoint. `diffusion` is None after stage 1; `identity`: 4 bytes that name the autoencoder."""
+    """A loaded checkpoint. `diffusion` is None after stage 1; `identity`: 4 bytes that name the autoencoder; `training`: what train.py
+    needs to resume, unless it was stripped off."""
     autoencoder: Autoencoder
     diffusion: nn.Module
     tables: Tables
     recipe: dict
     identity: bytes
+    training: dict = None
 
 
 def fingerprint(*tensor_dicts):
@@ -762,19 +734,39 @@ def pack(autoencoder, tables, diffusion, recipe, half=False):
     return packed | {"digest": fingerprint(packed["tables"], packed["autoencoder"]["weights"], packed["diffusion"]["weights"])}
 
 
+def tangled(pickled):
+    """Whether a pickle, bytes, is a trap: forty lists, each of which holds the one before it twice, are 300 bytes, and who goes through the
+    last (or hashes a tuple made so) never comes back; tuples nested a million deep crash Python. What train.py writes repeats two."""
+    containers, here, repeated, tuples = set(), False, 0, 0     # slots of the pickle's memory; whether the topmost value is a container
+    for operation, slot, _ in pickletools.genops(pickled):
+        again = operation.name.endswith("GET") and slot in containers
+        repeated, tuples = repeated + again, tuples + ("TUPLE" in operation.name)
+        if operation.stack_after:
+            here = again or any(kind in operation.name for kind in ("TUPLE", "LIST", "DICT", "SET", "APPEND", "REDUCE", "BUILD", "OBJ"))
+        elif operation.name.endswith("PUT") and here:
+            containers.add(slot)
+    return repeated > 4 or tuples > 10_000
+
+
 def read_checkpoint(path):
     """The dictionary in a checkpoint file. HFDError if it is not one; nothing in the file is ever executed."""
     if not os.path.isfile(path):
         raise HFDError(f"{path}: no such checkpoint. Train one (python train.py --help) or name another")
     try:
-        with zipfile.ZipFile(path) as archive:              # torch.save compresses nothing; what unpacks to more than it is, is a trap
-            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.lower(): member for member in archive.infolist()}
+            # torch must find what is looked at here: from the first byte on, and each name once. It compresses nothing; what unpacks to more
+            # than it is, is a trap.
+            if min(member.header_offset for member in members.values()) > 0 or len(members) < len(archive.infolist()) or sum(
+                    member.file_size for member in members.values()) > os.path.getsize(path):
+                raise ValueError
+            if any(tangled(archive.read(member)) for name, member in members.items() if name.endswith(".pkl")):
                 raise ValueError
         with warnings.catch_warnings(action="ignore"):      # torch's remarks on foreign pickles; they are refused anyway
             packed = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # the many ways in which a damaged or foreign file can fail to unpickle
         raise HFDError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from None
-    if not isinstance(packed, dict) or packed.get("format") != FORMAT:
+    if type(packed) is not dict or packed.get("format") != FORMAT:
         raise HFDError(f"{path}: not an HFD checkpoint, or one of another version")
     return packed
 
@@ -800,8 +792,10 @@ def rebuild(kind, config, weights):
     is built first on torch's device "meta", where tensors have shapes and no memory: a forged configuration may ask for any size."""
     # Every stage and every block has weights; a configuration of more of them is a forgery that would take forever to build, even there.
     settings = [value for setting in vars(config).values() for value in (setting if isinstance(setting, (tuple, list)) else [setting])]
+    if not all(map(plain, settings)):
+        raise ValueError("its configuration cannot be read")
     parts = 1 + np.broadcast_to(np.array(config.blocks, float), len(config.widths))             # the least that each stage has
-    if not all(map(plain, settings)) or min(parts) < 1 or sum(parts) > len(weights):
+    if min(parts) < 1 or sum(parts) > len(weights):
         raise ValueError("its configuration cannot be meant")
     with torch.device("meta"):
         asked = kind(config).state_dict()
@@ -818,6 +812,9 @@ def load_model(path, device="cpu"):
     with refusing_damage(path):
         tables, recipe = Tables(**packed["tables"]), packed["recipe"]
         first, second = packed["autoencoder"], packed["diffusion"]
+        parts = packed["tables"], recipe, *recipe.values(), first, second, *first.values(), *second.values()
+        if not all(type(part) is dict for part in parts):   # other kinds of dictionary can be made to show one thing and hold another
+            raise ValueError("its parts are not dictionaries")
         # By a stride of zero, or by sharing, a few bytes in a forged file can stand for terabytes.
         if sum(t.nbytes for part in (packed["tables"], first["weights"], second["weights"]) for t in part.values()) > os.path.getsize(path):
             raise ValueError("not all of its tensors are stored in full")
@@ -836,7 +833,7 @@ def load_model(path, device="cpu"):
     for module in (autoencoder, diffusion):
         if module:
             module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-    return Model(autoencoder, diffusion, tables, recipe, identity)
+    return Model(autoencoder, diffusion, tables, recipe, identity, packed.get("training"))
 
 
 def device_of(model):

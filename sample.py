@@ -45,9 +45,7 @@ HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints" / "hfd.pt")
 
-# ------------------------------------------------------------------------------------------------------
-# Pictures in and out
-# ------------------------------------------------------------------------------------------------------
+# Pictures in and out ----------------------------------------------------------------------------------
 
 
 def open_picture(path):
@@ -60,7 +58,8 @@ def open_picture(path):
             if getattr(image, "n_frames", 1) > 1:
                 remarks.append(f"only the first of {image.n_frames} frames is kept")
             # Of 16-bit colour Pillow itself keeps 8. How a format tells its depth: as a raw mode, or PPM as its largest value.
-            deep = any(";16" in str(tile.args) or isinstance(tile.args, tuple) and tile.codec_name == "ppm" and tile.args[-1] > 255 for tile in image.tile)
+            deep = any(";16" in str(tile.args) or isinstance(tile.args, tuple) and tile.codec_name.startswith("ppm") and tile.args[-1] > 255
+                       for tile in image.tile)
             if deep or image.mode.startswith("I"):
                 remarks.append("16 bits per sample are reduced to 8")
             profile = image.info.get("icc_profile")
@@ -135,9 +134,7 @@ def psnr(a, b):
     return float(10 * np.log10(255 ** 2 / mse)) if mse else float("inf")
 
 
-# ------------------------------------------------------------------------------------------------------
-# The file format
-# ------------------------------------------------------------------------------------------------------
+# The file format --------------------------------------------------------------------------------------
 
 
 def compress(image, model, quality, seed=0, block=0, refine=0, on_step=lambda step: None):
@@ -161,13 +158,14 @@ def compress(image, model, quality, seed=0, block=0, refine=0, on_step=lambda st
         side = struct.pack(">I", len(coded)) + coded
     k = k[0].cpu().numpy()
     clock.append(hfd.clock(device))
-    payload = side + entropy.encode(k, model.tables, quality - 1)
+    coder = entropy.coded(k, model.tables, quality - 1)
+    payload = side + coder.finish()
     clock.append(hfd.clock(device))
     header = HEADER.pack(MAGIC, VERSION, quality, block.bit_length() - 1 if block else 0, image.width, image.height, seed,
                          model.identity)
     data = header + struct.pack(">I", zlib.crc32(header + payload)) + payload
     pixels = image.width * image.height
-    return data, {"estimated": (entropy.cross_entropy(k, model.tables, quality - 1) + 8 * len(side)) / pixels,
+    return data, {"estimated": (coder.bits + 8 * len(side)) / pixels,
                   "payload": 8 * len(payload) / pixels, "file": 8 * len(data) / pixels,
                   "seconds": {"encoder": clock[1] - clock[0], "range encoder": clock[2] - clock[1]}}
 
@@ -235,6 +233,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
     k, energy = decode_latent(header, model, name)
     clock.append(hfd.clock(device))
     x_hat = model.autoencoder.decode(k, q)
+    del k                                                   # 10 bytes a pixel, which the sampler needs
     clock.append(hfd.clock(device))
     if rho > 0:
         seed = header["seed"] if seed is None else seed
@@ -245,9 +244,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
     return to_image(x_hat, header["width"], header["height"]), {"seconds": seconds}
 
 
-# ------------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------------
+# The command line -------------------------------------------------------------------------------------
 
 
 def progress(what, steps):
@@ -317,15 +314,12 @@ def run_info(args):
     if args.model:
         model = hfd.load_model(args.model)
         print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
-        networks = {"autoencoder": model.autoencoder, "prior": model.autoencoder.prior, "diffusion": model.diffusion, "measured": None}
-        if "prior" not in model.recipe:                     # it was learned with the autoencoder
-            del networks["prior"]
-        for part, network in networks.items():
-            size = f" {sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters" if network else ""
-            size += f", {network.config}" if hasattr(network, "config") else ""
-            print(f"{part}:" + (size if part in model.recipe else " nothing yet"))
-            for name, value in model.recipe.get(part, {}).items():      # (text from a stranger must not steer the terminal)
-                print("  " + "".join(c if c.isprintable() else "?" for c in f"{name:10} {value}"))
+        for network in filter(None, (model.autoencoder, model.diffusion)):
+            print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters: {network.config}")
+        for part, record in model.recipe.items():           # how each part was made, and what was measured
+            print(hfd.printable(f"{part}:"))
+            for name, value in record.items():
+                print("  " + hfd.printable(f"{name:10} {value}"))
         return
     data = read_file(args.input)
     header = parse(data, args.input)
@@ -416,7 +410,8 @@ def command_line():
     d.add_argument("output", help="picture to write; the ending says the format, .png keeps it exact")
     d.add_argument("--steps", type=int, default=hfd.STEPS, help="denoising steps: network evaluations per patch")
     d.add_argument("--sampler", choices=sorted(hfd.SAMPLERS),
-                   help="ddpm: ancestral; ddim: deterministic, for a flow model Euler's and the default; dpm: second order, else the default")
+                   help="ddpm: ancestral; ddim: deterministic, first order (for a flow model Euler's method, and the default); dpm: deterministic, "
+                   "second order, else the default")
     d.add_argument("--rho", type=float, default=1.0, help="realism: 0 is the autoencoder's picture, 1 the full sample")
     d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
     d.add_argument("--eta", type=float, help="shift of the noise schedule: less is less noise; the paper has 0.5, by default it follows the residual's size")

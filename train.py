@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,9 +35,7 @@ import hfd
 import sample
 from hfd import HFDError
 
-# ------------------------------------------------------------------------------------------------------
-# Pictures to learn from
-# ------------------------------------------------------------------------------------------------------
+# Pictures to learn from -------------------------------------------------------------------------------
 
 
 def dead_leaves(size, rng):
@@ -53,12 +52,11 @@ def dead_leaves(size, rng):
     smallest, largest = 6.0, big / 2
     # The mean area of a disc is 2 pi smallest^2 log(largest / smallest). Ten times the canvas, in all, leaves e^-10 bare.
     count = int(10 * (1.2 * big) ** 2 / (2 * math.pi * smallest ** 2 * math.log(largest / smallest)))
-    for u, x, y, *colour in rng.random((count, 6)):         # colour: a shade of grey, from which green and blue stray a little
+    for u, x, y, grey, *others in rng.random((count, 6)):   # a shade of grey: red follows it closely, green and blue stray
         # Inverse transform sampling: if u is uniform, this radius has density ~ r^-3 between the two limits.
         r = (smallest ** -2 + u * (largest ** -2 - smallest ** -2)) ** -0.5
         x, y = (x * 1.2 - 0.1) * big, (y * 1.2 - 0.1) * big
-        grey = colour[0]
-        colour = tuple(int(255 * min(max(grey + 0.3 * (c - 0.5), 0), 1)) for c in (grey, colour[1], colour[2]))
+        colour = tuple(int(255 * min(max(grey + 0.3 * (c - 0.5), 0), 1)) for c in (grey, *others))
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     return np.asarray(canvas.resize((size, size), Image.BOX))
 
@@ -69,12 +67,13 @@ def picture_files(folder):
                   p.suffix.lower() in Image.registered_extensions())
 
 
-def read_picture(name):
-    """A picture file as uint8 (H, W, 3), upright; None, after a warning, for one that cannot be read."""
-    try:
-        return np.asarray(sample.open_picture(name)[0])
-    except HFDError as error:       # the others are still good
-        print(f"warning: {error}; skipped", file=sys.stderr)
+def read_pictures(names):
+    """The picture files that can be read, one after the other, each as uint8 (H, W, 3), upright. The others are named and skipped."""
+    for name in names:
+        try:
+            yield np.asarray(sample.open_picture(name)[0])
+        except HFDError as error:
+            print(hfd.printable(f"warning: {error}; skipped"), file=sys.stderr)
 
 
 class Photos:
@@ -85,32 +84,23 @@ class Photos:
     def __init__(self, folder, smallest, device, megapixels, seed):
         """Raises HFDError if there is nothing to read. Bad files are named and skipped. Pictures with a side below
         `smallest` are continued by mirroring. Reading stops, and says so, at `megapixels` in all."""
-        self.images, self.description = [], "dead leaves"
+        self.images, rng, total = [], np.random.default_rng(seed), 0
         if folder is None:
-            rng = np.random.default_rng(seed)
             pictures = (dead_leaves(256, rng) for _ in range(64))
         else:
-            if not Path(folder).is_dir():
-                raise HFDError(f"{folder}: no such folder. Give --images a folder of pictures, or leave it out to train on dead leaves")
             names = picture_files(folder)
-            np.random.default_rng(seed).shuffle(names)
-            pictures = (read_picture(name) for name in names)
-        total = 0
+            rng.shuffle(names)
+            pictures = read_pictures(names)
         for array in pictures:
-            if array is None:
-                continue
-            short = [max(0, smallest - side) for side in array.shape[:2]]
-            if any(short):
-                array = np.pad(array, [(0, short[0]), (0, short[1]), (0, 0)], mode="symmetric")
-            self.images.append(torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous().to(device))     # (3, H, W)
+            array = np.pad(array, [(0, max(0, smallest - side)) for side in array.shape[:2]] + [(0, 0)], mode="symmetric")
+            self.images.append(torch.from_numpy(array).permute(2, 0, 1).contiguous().to(device))            # (3, H, W)
             total += array.shape[0] * array.shape[1] / 1e6
             if total > megapixels:
-                print(f"warning: {folder}: stopped reading at {megapixels} megapixels; --megapixels raises the limit", file=sys.stderr)
+                print(f"warning: stopped reading after {total:.0f} megapixels; --megapixels raises the limit", file=sys.stderr)
                 break
         if not self.images:
-            raise HFDError(f"{folder}: no pictures found in it. Give --images a folder of pictures, or leave it out to train on dead leaves")
-        if folder:
-            self.description = f"{len(self.images)} pictures, {total:.0f} megapixels"
+            raise HFDError(f"{folder}: no pictures found there. Give --images a folder of pictures, or leave it out to train on dead leaves")
+        self.description = f"{len(self.images)} pictures, {total:.0f} megapixels" if folder else "dead leaves"
 
     def crops(self, count, size):
         """Random crops (count, 3, size, size) in [-1, 1], each mirrored half of the time. Uses torch's global seed."""
@@ -123,9 +113,10 @@ class Photos:
         return torch.stack(batch).float() / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------------------
-# The loop that both stages share
-# ------------------------------------------------------------------------------------------------------
+# The loop that both stages share ----------------------------------------------------------------------
+
+
+EMA = 0.999         # decay of the averaged weights
 
 
 def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
@@ -133,7 +124,7 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
 
     stage: "autoencoder" or "diffusion". groups: optimizer parameter groups, each with its learning-rate factor "scale".
     checkpoint(ema, recipe): the dictionary to save, of the averaged model and how it was made. photos: what the recipe describes.
-    resumed: the checkpoint to go on from, or None.
+    resumed: the Model to go on from, or None.
 
     Every random number of step n comes from the seed (args.seed, n, rank). So a checkpoint need not store any random
     state, and a resumed run sees the very crops and noise that it would have seen.
@@ -146,11 +137,15 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
     step, minutes = 0, 0.0
     if resumed:
         with hfd.refusing_damage(args.out):
-            state = resumed["training"]
+            state = resumed.training
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, minutes = int(state["step"]), float(state["minutes"])
+            step, minutes, moments = int(state["step"]), float(state["minutes"]), state["optimizer"]["state"]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            if step < 0 or not all(own["step"].numel() == 1 and own["exp_avg"].shape == own["exp_avg_sq"].shape == parameters[i].shape
+                                   for i, own in moments.items()):
+                raise ValueError("its optimizer's state cannot be meant")
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     stop = []                                               # Ctrl-C asks the loop to end after the step that it is in
@@ -196,7 +191,7 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            decay = min(args.ema, step / (step + 10))       # at first, over the last tenth of the steps only
+            decay = min(EMA, step / (step + 10))            # at first, over the last tenth of the steps only
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -224,13 +219,11 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
 
 
 def lineage(base, part, recipe):
-    """The record of a model that goes on from `base`: what is told of that, but not the numbers measured on it, and how this part was made."""
-    return {name: told for name, told in base.recipe.items() if name != "measured"} | {part: recipe}
+    """The record of a model that goes on from `base`, if any: what is told of that, but not the numbers measured on it, and how this part was made."""
+    return {name: told for name, told in (base.recipe if base else {}).items() if name != "measured"} | {part: recipe}
 
 
-# ------------------------------------------------------------------------------------------------------
-# Stage 1: rate + lambda * MSE
-# ------------------------------------------------------------------------------------------------------
+# Stage 1: rate + lambda * MSE -------------------------------------------------------------------------
 
 
 def train_autoencoder(args, resumed=None):
@@ -239,9 +232,9 @@ def train_autoencoder(args, resumed=None):
     device = hfd.pick_device(args.device)
     torch.manual_seed(args.seed)
     photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.seed)
-    base = hfd.load_model(args.out if resumed else args.prior_of, device) if args.prior_of else None
-    config = hfd.AutoencoderConfig(**resumed["autoencoder"]["config"]) if resumed else base and base.autoencoder.config  # not today's defaults
-    model = hfd.Autoencoder(config).to(device, memory_format=torch.channels_last)
+    known = resumed or (hfd.load_model(args.prior_of) if args.prior_of else None)
+    base = known if args.prior_of else None
+    model = hfd.Autoencoder(known and known.autoencoder.config).to(device, memory_format=torch.channels_last)   # what it was, whatever the defaults are now
     levels = len(model.config.lambdas)
     if base:            # only the prior learns: pictures stay what they were, and only bits change
         model.load_state_dict(base.autoencoder.state_dict())
@@ -260,9 +253,7 @@ def train_autoencoder(args, resumed=None):
     def checkpoint(ema, recipe):
         """Averaged weights, with the prior frozen to integer tables. A denoiser for the same pictures stays in it."""
         tables = entropy.freeze(ema.prior, ema.log_step.exp())
-        if base:
-            return hfd.pack(ema, tables, base.diffusion, lineage(base, "prior", recipe))
-        return hfd.pack(ema, tables, None, {"autoencoder": recipe})
+        return hfd.pack(ema, tables, base and base.diffusion, lineage(base, "prior" if base else "autoencoder", recipe))
 
     def scale(name):
         """The linear path starts at a good place, with entries of about 0.04: it is refined, ten times more slowly than the rest. The
@@ -273,18 +264,9 @@ def train_autoencoder(args, resumed=None):
     fit(args, "autoencoder", model, batch_loss, groups, checkpoint, photos, resumed)
 
 
-# ------------------------------------------------------------------------------------------------------
-# Stage 2: the diffusion model, given reconstructions
-# ------------------------------------------------------------------------------------------------------
+# Stage 2: the diffusion model, given reconstructions --------------------------------------------------
 
 MARGIN = 16     # pixels of context in which a crop's x_hat is made: borders should not be what the net knows best
-
-
-def reconstruct(autoencoder, x, q):
-    """x_hat for a batch of pictures (B, 3, H, W) at levels q (B,), of rounded latents: what the decoder sees, but for a grain of about
-    0.01 that bfloat16 leaves here. (900 steps on pairs made in float32 were tried: slower by a tenth, and no better.)"""
-    k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()                              # (B, M, h, w)
-    return autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)                  # (B, 3, H, W)
 
 
 def train_diffusion(args, resumed=None):
@@ -297,18 +279,21 @@ def train_diffusion(args, resumed=None):
     levels = len(autoencoder.config.lambdas)
     config = hfd.DiffusionConfig(levels=levels, eta=args.eta, preconditioned=not args.plain, objective=args.objective)
     if resumed:     # what it was, whatever the defaults are now; only the schedule may change
-        config, asked = hfd.DiffusionConfig(**resumed["diffusion"]["config"] | {"eta": args.eta, "objective": args.objective}), config
+        config, asked = replace(resumed.diffusion.config, eta=args.eta, objective=args.objective), config
         if (config.levels, config.preconditioned) != (asked.levels, asked.preconditioned):
             raise HFDError(f"{args.out}: was trained {'with' if config.preconditioned else 'without'} the closed-form start and for "
                            f"{config.levels} levels; --resume cannot change that")
-        if hfd.fingerprint(resumed["autoencoder"]["weights"]) != hfd.fingerprint(autoencoder.state_dict()):
+        if hfd.fingerprint(resumed.autoencoder.state_dict()) != hfd.fingerprint(autoencoder.state_dict()):
             print(f"note: {args.autoencoder} is not the autoencoder of {args.out}; the residual's spread stays what it was there")
     model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def pairs(x, q):
-        """Crops (x, x_hat), each (B, 3, size, size), cut out of larger ones x, (B, 3, size + 2 MARGIN, size + 2 MARGIN)."""
-        x_hat = reconstruct(autoencoder, x, q)
+        """Crops (x, x_hat), each (B, 3, size, size), cut out of larger ones x, (B, 3, size + 2 MARGIN, size + 2 MARGIN), at levels q, (B,)."""
+        # Of rounded latents: what the decoder sees, but for a grain of about 0.01 that bfloat16 leaves here. (900 steps on pairs made in
+        # float32 were tried: slower by a tenth, and no better.)
+        k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()                          # (B, M, h, w)
+        x_hat = autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)             # (B, 3, ., .)
         return (t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat))
 
     if not resumed:     # how far x is from x_hat, level by level, on the same crops: the closed form starts from that
@@ -333,9 +318,7 @@ def train_diffusion(args, resumed=None):
     fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos, resumed)
 
 
-# ------------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------------
+# The command line -------------------------------------------------------------------------------------
 
 
 def measured(results, packed):
@@ -344,14 +327,11 @@ def measured(results, packed):
     if results["about"]["model"]["weights"] != hfd.fingerprint(*weights).hex()[:16]:
         raise ValueError
 
-    def in_words(name, n):
-        """One variant's numbers."""
-        return f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
-
     lines = {"command": results["command"], "hardware": results["about"]["hardware"]}
     for key, point in results["points"].items():
         if key.startswith("level"):
-            lines[key] = "; ".join(in_words(*variant) for variant in point["variants"].items())
+            lines[key] = "; ".join(f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
+                                   for name, n in point["variants"].items())
     return lines
 
 
@@ -377,21 +357,19 @@ def command_line():
     show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     ae = commands.add_parser("autoencoder", help="stage 1: rate + lambda * MSE", **show)
     diffusion = commands.add_parser("diffusion", help="stage 2: sample x given x_hat", **show)
-    for p, out, steps, batch, crop, lr in ((ae, "runs/autoencoder.pt", 20_000, 8, 128, 1e-3),
-                                           (diffusion, "runs/hfd.pt", 20_000, 16, 64, 1e-3)):
+    for p, out, batch, crop in ((ae, "runs/autoencoder.pt", 8, 128), (diffusion, "runs/hfd.pt", 16, 64)):
         p.add_argument("--images", metavar="DIR", help="folder of pictures, read recursively; without it: dead leaves")
         p.add_argument("--out", metavar="FILE", default=out, help="checkpoint to write")
         p.add_argument("--resume", action="store_true", help="continue from --out, with its settings unless given anew")
-        p.add_argument("--steps", type=int, default=steps, help="optimizer steps in all; the learning rate falls to zero there")
+        p.add_argument("--steps", type=int, default=20_000, help="optimizer steps in all; the learning rate falls to zero there")
         p.add_argument("--pause-at", type=int, metavar="STEP", help="save and stop at this step; --resume goes on")
         p.add_argument("--batch", type=int, default=batch, help="pictures per step (and per process, with torchrun)")
         p.add_argument("--crop", type=int, default=crop, help="side of the crops in pixels, a multiple of 16; twice that in the last quarter")
-        p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+        p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
         p.add_argument("--warmup", type=int, default=200, help="steps until the learning rate is at its peak")
-        p.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
         p.add_argument("--seed", type=sample.seed_number, default=0, help="seed of everything random")
         p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-        p.add_argument("--megapixels", type=float, default=2000, help="most picture data to keep in memory (3 bytes a pixel)")
+        p.add_argument("--megapixels", type=float, default=2000.0, help="most picture data to keep in memory (3 bytes a pixel)")
         p.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps per progress line")
         p.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="steps per checkpoint")
     ae.add_argument("--prior-of", metavar="FILE", help="learn only a new prior, for the autoencoder in this checkpoint: the same pictures in "
@@ -413,6 +391,8 @@ def checked(args):
         raise HFDError("--crop must be a multiple of 16, --batch, --steps, --log-every and --save-every at least 1")
     if not getattr(args, "eta", 1) > 0:
         raise HFDError("--eta must be above 0")
+    if getattr(args, "objective", "v") not in hfd.SCHEDULES or args.steps > 10 ** 9 or not 0 <= args.seed < 2 ** 32:    # of a forged checkpoint, too
+        raise HFDError("--objective, --steps or --seed cannot be meant")
     return args
 
 
@@ -443,19 +423,26 @@ def main(argv=None):
                                           "exists already. --resume continues it; to start anew, name another --out or remove it"))
     # Two runs writing one checkpoint would ruin both. (Of those that torchrun starts, only one writes.) Held until this function ends.
     lock = lock_of(Path(args.out)) if os.environ.get("RANK", "0") == "0" else None
-    resumed = None
+    resumed, commands = None, []                            # commands: all that made it, for the recipe
     if args.resume:     # what the checkpoint was trained with becomes the default; flags on the command line still win
-        hfd.load_model(args.out)                            # refuses what is damaged
-        resumed = hfd.read_checkpoint(args.out)
+        resumed = hfd.load_model(args.out)
         with hfd.refusing_damage(args.out):
-            training = resumed.get("training") or {}
-            if training.get("stage") != args.stage:
+            training = resumed.training or {}
+            if training.get("stage") != args.stage or args.stage == "diffusion" and not resumed.diffusion:
                 raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
-            stages[args.stage].set_defaults(**{k: v for k, v in training["args"].items() if k not in ("resume", "pause_at", "out")})
+            fresh, commands = vars(parser.parse_args([args.stage])), list(training["args"]["commands"])
+            settings = {name: training["args"].get(name, fresh[name]) for name in fresh if name not in ("stage", "resume", "pause_at", "out")}
+            kinds = {(type(value), type(fresh[name])) for name, value in settings.items()} - {(str, type(None))}    # a folder, where none is the default
+            if not all(own is usual for own, usual in kinds) or not all(isinstance(line, str) for line in commands):
+                raise ValueError("its settings cannot be read")
+            stages[args.stage].set_defaults(**settings)
             args = checked(parser.parse_args(argv))
-    args.commands = getattr(args, "commands", [])           # all that made it, for the recipe
-    if (line := "python train.py " + shlex.join(argv)) not in args.commands:
-        args.commands = args.commands + [line]
+            if getattr(args, "prior_of", None) != settings.get("prior_of"):
+                raise HFDError(f"{args.out}: was trained " + (f"with --prior-of {settings['prior_of']}" if settings.get("prior_of") else
+                               "without --prior-of") + "; --resume cannot change that")
+    if (line := "python train.py " + shlex.join(argv)) not in commands:
+        commands.append(line)
+    args.commands = commands
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         cuda = hfd.pick_device(args.device).type == "cuda"
         if cuda:

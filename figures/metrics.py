@@ -152,7 +152,7 @@ def efficientnet(device):
 
 
 def inception(path, device):
-    """("FID/256", function PIL picture -> (N, 2048)): FID proper, given the path of inception-2015-12-05.pt, the network of the
+    """("FID/256", function PIL picture -> (N, 2048)): FID of 256-pixel patches, given the path of inception-2015-12-05.pt, the network of the
     first FID as TorchScript (published with StyleGAN2-ADA, Karras et al. 2020), which scales uint8 input itself.
 
     Patches as in HiFiC (Mentzer et al. 2020): a grid of 256 pixels, and a second one shifted by 128 in both directions. HFDError if

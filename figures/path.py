@@ -38,7 +38,8 @@ def main(argv=None):
     nodes = [("x, the photo", np.asarray(image)), ("k, the latent: rounded,\n24 of its channels", latent_sheet(k.cpu())), (f"the file:\n{len(data)} bytes", None),
              ("x_hat: right, but blurry", picture(x_hat)), ("z_t: noise, and what\nthe file tells", picture(recorder.frames[8][1].clamp(-1, 1))),
              ("x_sample: a picture\nthat it could have been", picture(x))]
-    steps = ["hfd.Analysis,\nround", "entropy.encode\n(range coder)", "entropy.decode,\nhfd.Synthesis", "add noise", "hfd.UNet,\nstep by step"]
+    steps = ["hfd.Analysis,\nround", "entropy.encode\n(range coder)", "entropy.decode,\nhfd.Synthesis", "start from noise,\ngiven x_hat",
+             "hfd.UNet,\nstep by step"]
     width, gap = 0.104, 0.069
     for i, (name, content) in enumerate(nodes):
         left = 0.012 + i * (width + gap)

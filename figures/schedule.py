@@ -28,7 +28,7 @@ def draw(image, detail, seed):
         log_snr = hfd.log_snr_at(t, eta)
         for panel, values in zip(panels, (log_snr, *hfd.alpha_sigma(log_snr))):
             panel.plot(t, values, color=colour, linestyle=line)
-        middle = hfd.log_snr_at(0.5, eta)
+        middle = hfd.log_snr_at(torch.tensor(0.5).double(), eta)
         alpha, sigma = hfd.alpha_sigma(middle)
         numbers[eta] = {"log_snr": float(middle), "alpha": float(alpha), "sigma": float(sigma)}
     for panel, name, where in zip(panels, ("log SNR (nats)", "alpha, the signal's scale", "sigma, the noise's scale"),
@@ -42,7 +42,7 @@ def draw(image, detail, seed):
     cells = bottom.subplots(1, len(SHOWN) * len(TIMES))
     for n, cell in enumerate(cells):
         time, eta = TIMES[n // len(SHOWN)], SHOWN[n % len(SHOWN)]
-        alpha, sigma = hfd.alpha_sigma(hfd.log_snr_at(time, eta))
+        alpha, sigma = hfd.alpha_sigma(hfd.log_snr_at(torch.tensor(time).double(), eta))
         cell.imshow(np.asarray(sample.to_image((alpha * x + sigma * eps).float().clamp(-1, 1), *image.crop(detail).size)))
         cell.set_title(f"t = {time}\neta = {eta}", color=ETAS[eta][0], fontsize=8)
         cell.axis("off")

@@ -382,7 +382,7 @@ def test_real_bytes_are_as_few_as_estimated(q, context):
     tables, k = entropy.freeze(prior, STEPS), some_latent(random_prior(), step, q)
     data = entropy.encode(k, tables, q)
     assert (entropy.decode(data, tables, q, k.shape) == k).all()
-    estimate = entropy.cross_entropy(k, tables, q) / 8
+    estimate = entropy.coded(k, tables, q).bits / 8
     assert estimate > 300 and abs(len(data) - estimate) <= 0.002 * estimate + 16
     assert math.isclose(bits(prior, k, step, q).sum() / 8, estimate, rel_tol=0.01)
 
@@ -394,7 +394,7 @@ def test_the_smallest_picture_wastes_little_too(step):
     tables = entropy.freeze(prior, torch.full((3, 320), step))
     for seed in range(8):
         k = some_latent(prior, step, 0, (320, 1, 1), seed)
-        assert len(entropy.encode(k, tables, 0)) <= 1.002 * entropy.cross_entropy(k, tables, 0) / 8 + 16
+        assert len(entropy.encode(k, tables, 0)) <= 1.002 * entropy.coded(k, tables, 0).bits / 8 + 16
 
 
 def test_rare_values_escape():
@@ -404,7 +404,7 @@ def test_rare_values_escape():
         k[0, 1, 1], k[1, 2, 3] = extreme, -extreme
         data = entropy.encode(k, HAND, 0)
         assert (entropy.decode(data, HAND, 0, k.shape) == k).all()
-        assert 8 * len(data) <= entropy.cross_entropy(k, HAND, 0) + 128
+        assert 8 * len(data) <= entropy.coded(k, HAND, 0).bits + 128
 
 
 @pytest.mark.parametrize("q", [0, 1])
@@ -416,7 +416,7 @@ def test_zero_channels_cost_what_their_zeros_would(q):
     for count in (1, 3, 10):
         k = np.zeros((6, 1, count), np.int64)
         zeros = 2.0 ** -bits(prior, k, STEPS[q, 0].item(), q).sum(axis=(1, 2))                  # (6,)
-        assert math.isclose(entropy.cross_entropy(k, tables, q), -np.log2(np.maximum(zeros, 2.0 ** -24)).sum(), rel_tol=0.05, abs_tol=1e-3)
+        assert math.isclose(entropy.coded(k, tables, q).bits, -np.log2(np.maximum(zeros, 2.0 ** -24)).sum(), rel_tol=0.05, abs_tol=1e-3)
         assert not entropy.decode(entropy.encode(k, tables, q), tables, q, k.shape).any()
 
 

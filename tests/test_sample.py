@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -187,8 +189,9 @@ def test_transparency_is_laid_on_white(tmp_path):
 def test_deep_ppm_is_told(tmp_path):
     """PPM tells its depth as its largest value; more than 255 loses bits here, and a remark says so."""
     for most, told in ((255, 0), (1023, 1), (65535, 1)):
-        (tmp_path / "deep.ppm").write_bytes(b"P6 4 4 %d\n" % most + bytes(48 * (1 + (most > 255))))
-        assert len(sample.open_picture(tmp_path / "deep.ppm")[1]) == told
+        for content in (b"P6 4 4 %d\n" % most + bytes(48 * (1 + (most > 255))), b"P3 4 4 %d\n" % most + b"0 " * 48):
+            (tmp_path / "deep.ppm").write_bytes(content)
+            assert len(sample.open_picture(tmp_path / "deep.ppm")[1]) == told
 
 
 @pytest.mark.parametrize("colour, channels", [(0, 1), (2, 3)])
@@ -377,6 +380,7 @@ def test_forged_checkpoints_are_refused(tiny_model, tmp_path):
                claim("autoencoder", widths=()), claim("autoencoder", widths=(10 ** 6,) * 4), claim("autoencoder", blocks=(0, 0, 0, 10 ** 12)),
                claim("diffusion", blocks=10 ** 12), claim("diffusion", levels=10 ** 12), claim("diffusion", objective="guess"),
                claim("autoencoder", blocks=(-10 ** 12, 10 ** 12, 0, 0)), claim("diffusion", widths=(8,) * 10 ** 5), claim("diffusion", eta=doubled),
+               claim("autoencoder", blocks=doubled),
                claim("diffusion", eta=10 ** 600), claim("diffusion", widths=(8,) * 80, blocks=90), note(1), note({None: 1}),
                note({"data": doubled}), note({"data": 10 ** 600})]
     paths = [altered(tiny_model, tmp_path / f"forged{i}.pt", change) for i, change in enumerate(changes)]
@@ -394,7 +398,26 @@ def test_forged_checkpoints_are_refused(tiny_model, tmp_path):
         for member in large.infolist():
             bomb.writestr(member.filename, large.read(member))
     assert (tmp_path / "bomb.pt").stat().st_size < 10 ** 6
-    for path in [*paths, tmp_path / "expanded.pt", tmp_path / "bomb.pt"]:
+    # {t40: 1}, where t0 = (1, 1) and each t holds the one before it twice: to be a key it must be hashed, element by element.
+    trap = b"\x80\x02}K\x01K\x01\x86q\0" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(40)) + b"K\x01s."
+    deep = b"\x80\x02})" + b"\x85" * 10 ** 5 + b"K\x01s."                 # {((((...)))): 1}
+    with zipfile.ZipFile(tiny_model) as whole:
+        members = {member.filename: whole.read(member) for member in whole.infolist()}
+    name = next(name for name in members if name.endswith("data.pkl"))
+    # Also where torch would look, but somebody who looks less closely would not: in capitals, or under a name that is there twice.
+    for i, forgery in enumerate(([(name, trap)], [(name, deep)], [(name.replace(".pkl", ".PKL"), trap)],
+                                 [(name.replace(".pkl", ".PKL"), trap), (name, members[name])], [(name, trap), (name, members[name])])):
+        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(tmp_path / f"trap{i}.pt", "w") as forged:
+            for pair in forgery + [(other, content) for other, content in members.items() if other != name]:
+                forged.writestr(*pair)
+        paths.append(tmp_path / f"trap{i}.pt")
+    (tmp_path / "appended.pt").write_bytes(trap + Path(tiny_model).read_bytes())
+
+    def disguised(packed):
+        packed["recipe"] = OrderedDict(packed["recipe"])
+        packed["recipe"].values = OrderedDict                   # an attribute that hides the method: there seems to be nothing in it
+    paths.append(altered(tiny_model, tmp_path / "disguised.pt", disguised))
+    for path in [*paths, tmp_path / "expanded.pt", tmp_path / "bomb.pt", tmp_path / "appended.pt"]:
         begin = time.perf_counter()
         with memory_within(200):
             assert str(path) in refusal(hfd.load_model, path)
@@ -493,9 +516,9 @@ def test_refused_commands_leave_everything_as_it_was(command, desk, tiny_model, 
 
 def test_refusals_as_the_shell_sees_them(desk):
     """A script can rely on it: exit status not 0, one line on stderr, nothing on stdout, no traceback."""
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "compress", "missing.png", "new.hfd"], cwd=desk, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "compress", "miss\ning.png", "new.hfd"], cwd=desk, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: missing.png") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: miss\\ning.png") and done.stderr.count("\n") == 1
 
 
 def test_a_file_appears_whole_or_not_at_all(desk):

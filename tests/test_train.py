@@ -200,11 +200,16 @@ def test_damage_cannot_be_resumed(small_networks, folder, tmp_path):
     whole = torch.load(out, weights_only=True)
     states = [{k: v for k, v in whole["training"].items() if k != gone} for gone in ("step", "minutes", "args", "stage", "model", "ema", "optimizer")]
     states += [[1], None, whole["training"] | {"args": 3}, whole["training"] | {"model": {}}, whole["training"] | {"step": "x"},
-               whole["training"] | {"args": whole["training"]["args"] | {"save_every": 0}}]
+               *(whole["training"] | {"args": whole["training"]["args"] | wrong} for wrong in (
+                   {"save_every": 0}, {"steps": "x"}, {"steps": 10 ** 15}, {"lr": [1.0]}, {"images": 5}, {"commands": 5}, {"commands": [5]},
+                   {"seed": None}, {"seed": -1}, {"seed": 0.5}, {"device": None}, {"crop": 32.0}, {"batch": 4.0})),
+               whole["training"] | {"step": -11},
+               *(whole["training"] | {"optimizer": {"state": {0: moments}}} for moments in (
+                   {}, {"step": torch.ones(())}, {"step": torch.ones(()), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}))]
     for state in states:
         torch.save(whole | {"training": state}, out)
         before = out.read_bytes()
-        with pytest.raises(hfd.HFDError, match="damaged|cannot continue|--save-every") as caught:
+        with pytest.raises(hfd.HFDError, match="damaged|cannot continue|--save-every|cannot be meant") as caught:
             train.main(["autoencoder", "--out", str(out), "--resume"])
         assert len(str(caught.value).splitlines()) == 1 and out.read_bytes() == before
 
@@ -231,6 +236,8 @@ def test_a_prior_can_be_learned_alone(small_networks, folder, tmp_path):
     assert "--prior-of" in after.recipe["prior"]["command"] and after.recipe["diffusion"] == before.recipe["diffusion"]
     assert "measured" not in after.recipe
     assert hfd.fingerprint(resumed.diffusion.state_dict()) == hfd.fingerprint(before.diffusion.state_dict())
+    with pytest.raises(hfd.HFDError, match="without --prior-of"):       # else all but the prior would stand still, without a word
+        train.main(["autoencoder", "--out", str(tmp_path / "ae.pt"), "--resume", "--prior-of", one])
 
 
 def test_another_autoencoder_is_told(small_networks, folder, tmp_path, capsys):
