@@ -736,7 +736,8 @@ def pack(autoencoder, tables, diffusion, recipe, half=False):
 
 def tangled(pickled):
     """Whether a pickle, bytes, is a trap: forty lists, each of which holds the one before it twice, are 300 bytes, and who goes through the
-    last (or hashes a tuple made so) never comes back; tuples nested a million deep crash Python. What train.py writes repeats two."""
+    last (or hashes a tuple made so) never comes back; tuples nested a million deep crash Python. What train.py writes repeats two, and has about
+    3,000 tuples."""
     containers, here, repeated, tuples = set(), False, 0, 0     # slots of the pickle's memory; whether the topmost value is a container
     for operation, slot, _ in pickletools.genops(pickled):
         again = operation.name.endswith("GET") and slot in containers
@@ -745,7 +746,7 @@ def tangled(pickled):
             here = again or any(kind in operation.name for kind in ("TUPLE", "LIST", "DICT", "SET", "APPEND", "REDUCE", "BUILD", "OBJ"))
         elif operation.name.endswith("PUT") and here:
             containers.add(slot)
-    return repeated > 4 or tuples > 10_000
+    return repeated > 4 or tuples > 20_000
 
 
 def read_checkpoint(path):

@@ -115,7 +115,6 @@ class Photos:
 
 # The loop that both stages share ----------------------------------------------------------------------
 
-
 EMA = 0.999         # decay of the averaged weights
 
 
