@@ -54,9 +54,10 @@ class Prior(nn.Module):
         self.log_widths = nn.Parameter(torch.logspace(math.log10(0.25), math.log10(2.5), components).log())     # (K,), narrow .. wide
         self.octaves = nn.Parameter(torch.zeros(channels))                                      # (M,) log2 of each channel's width
         self.by_level = nn.Parameter(torch.zeros(levels, channels))                             # (Q, M) and what is added at each level
-        # The context model. It starts at zero, that is factorized.
-        self.by_pass, self.near, self.shift = (nn.Parameter(torch.zeros(PASSES, channels)) for _ in range(3))   # (P, M) each
-        self.across = nn.Parameter(torch.zeros(channels, channels))                             # (M, M), used below the diagonal
+        # The context model starts without a mean, and with a little of every size. Of the weights of sizes the sign does not count.
+        self.by_pass, self.shift = (nn.Parameter(torch.zeros(PASSES, channels)) for _ in range(2))      # (P, M) each
+        self.near = nn.Parameter(torch.full((PASSES, channels), 0.25))                          # (P, M)
+        self.across, self.window = (nn.Parameter(torch.full((channels, channels), 0.25 / channels)) for _ in range(2))  # (M, M), used below the diagonal
 
     @torch.no_grad()
     def fit_scale(self, y):
@@ -84,36 +85,42 @@ class Prior(nn.Module):
         u: (B, M, h, w), the values to code, in units of steps; k: (B, M, h, w), those that the context is taken from (in training the one is
         noisy and the other rounded, see hfd.Autoencoder.forward); step: (B, M, 1, 1); q: (B,) levels. Returns (B, M, h, w).
         The floor of 2^-30 stands for the escape code, which makes no symbol infinitely expensive."""
-        mu, octaves = self.context(k)                                                           # (B, M, h, w) each
-        octaves = octaves + (self.octaves + self.by_level[q])[:, :, None, None] - torch.log2(step)  # (B, M, h, w)
         # No narrower or wider than the tables that there will be, but for a trickle of gradient that leads back.
-        octaves = octaves.clamp(*LIMITS).lerp(octaves, 0.01)
-        return -torch.log2(self.likelihood(u - mu, torch.exp2(octaves)) + 2.0 ** -30)
+        limited = lambda octaves: octaves.clamp(*LIMITS) + 0.01 * (octaves - octaves.detach())
+        octaves = limited((self.octaves + self.by_level[q])[:, :, None, None] - torch.log2(step))   # (B, M, 1, 1) without context
+        mu, wider = self.context(k, octaves)                                                    # (B, M, h, w) each
+        return -torch.log2(self.likelihood(u - mu, torch.exp2(limited(octaves + wider))) + 2.0 ** -30)
 
-    def context(self, k):
-        """(mu, octaves) for each symbol of k (B, M, h, w), from those coded before it: (B, M, h, w) each. See section 2."""
-        padded = F.pad(k.flatten(2), (0, 1))                                                    # (B, M, h*w + 1)
-        means, sizes, parts = [], [], coarse_to_fine(*k.shape[2:])
+    def context(self, k, octaves):
+        """(mu, how many octaves wider) for each symbol of k (B, M, h, w), from those coded before it: (B, M, h, w) each. See section 2.
+        octaves: (B, M, 1, 1), log2 of the widths without context, in symbols."""
+        size = (k.abs() * torch.exp2(-octaves)).clamp_max(LARGEST)                              # (B, M, h, w)
+        before = lambda weights: (weights.abs().tril(-1) @ size.flatten(2)).view(k.shape)       # (B, M, h, w), over the channels before
+        total = before(self.across) + F.avg_pool2d(before(self.window), 3, stride=1, padding=1)
+        values, sizes = (F.pad(of.flatten(2), (0, 1)) for of in (k, size))                      # (B, M, h*w + 1) each
+        found, parts = [], coarse_to_fine(*k.shape[2:])
         for n, (_, around, share) in enumerate(parts):
-            others, share = padded[..., around], torch.from_numpy(share).to(k) / 12             # (B, M, 4, n), (n,)
-            means.append(self.shift[n][:, None] * others.sum(2) * share)                        # (B, M, n)
-            size = torch.log2(1 + others.abs().sum(2) * share)                                  # (B, M, n)
-            sizes.append(self.by_pass[n][:, None] + self.near[n][:, None] * size)               # (B, M, n)
+            share = torch.from_numpy(share).to(k) / 12                                          # (n,)
+            mu = self.shift[n][:, None] * values[..., around].sum(2) * share                    # (B, M, n)
+            near = self.near[n].abs()[:, None] * sizes[..., around].sum(2) * share              # (B, M, n)
+            found.append(torch.stack([mu, near, self.by_pass[n][:, None].expand_as(mu)]))       # (3, B, M, n)
         back = np.concatenate([cells for cells, _, _ in parts]).argsort()                       # (h*w,) from the passes' order to rows
-        across = self.across.tril(-1) @ torch.log2(1 + k.flatten(2).abs())                      # (B, M, h*w)
-        return torch.cat(means, 2)[..., back].view(k.shape), (torch.cat(sizes, 2)[..., back] + across).view(k.shape)
+        mu, near, by_pass = torch.cat(found, 3)[..., back].view(3, *k.shape)                    # (B, M, h, w) each
+        return mu, by_pass + torch.log2(1 + total + near)
 
 
 # 2. The context ---------------------------------------------------------------------------------------
-# What does a symbol say about the ones that follow? Three things, each with learned weights:
+# What does a symbol say about the ones that follow? First, how large they will be: there is grass here, or sky. The width grows with a
+# weighted sum of the sizes around it, a size being |k| in units of the width that its channel has without context:
 #
-#     across   Where the channels before this one are large, in the same cell (a column of the latent, 16x16 pixels), so will this one
-#              be: there is grass, not sky. log2(1 + |k|) of all of them, weighted and added up, are octaves of width.
-#     near     The same of its four neighbours in its own channel.
-#     shift    Where these neighbours are in the mean, there it will be itself. This matters for few channels, but for these it matters
-#              much: neighbouring blocks differ little in their mean colour, which is why even JPEG codes only the differences.
+#     width *= 1 + across . sizes of the channels before this one, in the same cell (a column of the latent, 16x16 pixels)
+#                + window . their means over 3x3 cells (a ninth of the sum; beyond the border all is zero)
+#                + near * the mean size of four neighbours in its own channel
 #
-# ELIC has a network for each of these, with the same two kinds of context (channels in turn, and a chequerboard of cells). Ours are linear.
+# with learned weights, none of them negative. (Buccigrossi & Simoncelli 1999 found that wavelet coefficients obey such a law.) As sizes are
+# relative, the same weights serve all quality levels; `by_pass` widens the early passes, which know less (below). Second, where: mu is `shift` times the mean of these four neighbours. This matters for
+# few channels, but for these it matters much: neighbouring blocks differ little in their mean colour, which is why even JPEG codes only the
+# differences. ELIC has a network for each of these, with the same two kinds of context (channels in turn, and a chequerboard of cells).
 #
 # Neighbours on all four sides can only be known if cells are not coded row by row. So each channel is coded from coarse to fine: first one
 # cell in eight in each direction. Then the middle of every square of these, between its four corners; then the middle of every side, between
@@ -157,18 +164,21 @@ MAX_SYMBOL = 1023           # larger ones always escape
 WIDTHS, FINEST = 49, -24    # table 0 has the width 2^(FINEST / 4), the last one 2^((FINEST + WIDTHS - 1) / 4)
 LIMITS = FINEST / 4, (FINEST + WIDTHS - 1) / 4  # the same in octaves
 SHIFTS = 8                  # mu is rounded to eighths
-UNIT = 1 << 12              # what a weight of 1 is in integers
-MOST = 2 * UNIT             # the largest weight of a mean; near 1 in channels that are smooth, near 0 in others
-OCTAVE = 16 * UNIT          # an octave: weights are multiplied with LOGS, which are in sixteenths
+OCTAVE = 64                 # what an octave is in integers
+WIDTH = 1 << 12             # what a size of 1, a whole width, is
+LARGEST = 1 << 12           # larger sizes count as this
+WEIGHT = 1 << 12            # what a size's weight of 1 is; they have 16 bits, so they are below 8
+UNIT = 1 << 14              # what a mean's weight of 1 is; they lie between -2 and 2
 
-# 16 log2(1 + n / 12), rounded, for n = 0, 1, 2, ... twelfths of a symbol. Integers have logarithms, too: the length in bits of x^32 is
-# 32 log2 x + 1, rounded down, so nothing here depends on a floating-point library.
-LOGS = np.array([((12 + n) ** 32 // 12 ** 32).bit_length() // 2 for n in range(12 * MAX_SYMBOL + 1)])
+# Integers have logarithms, too: POWERS[i] is 2^((i - 1/2) / OCTAVE), rounded down. For the topmost octave these are 128th roots of powers of
+# two, seven square roots one after the other; each octave below is half of it. So nothing here depends on a floating-point library.
+_topmost = [functools.reduce(lambda x, _: math.isqrt(x), range(7), 1 << 128 * 61 + 2 * i - 1) for i in range(OCTAVE)]
+POWERS = np.array([power >> 61 - octave for octave in range(62) for power in _topmost])
 
 
-def logs(twelfths):
-    """The LOGS of an array of integers >= 0; beyond the largest, its."""
-    return LOGS[np.minimum(twelfths, len(LOGS) - 1)]
+def octaves_of(n):
+    """OCTAVE * log2 n, rounded, of an array of integers n from 1 to 2^61. (Above a number or above its whole part is the same to an integer.)"""
+    return np.searchsorted(POWERS, n) - 1
 
 
 @dataclass
@@ -182,15 +192,16 @@ class Tables:
     size: torch.Tensor      # (T,) int32, number of entries, the escape included
     start: torch.Tensor     # (T,) int32, where the table begins in cdf
     cdf: torch.Tensor       # (sum of sizes + 1 each,) int32
-    octaves: torch.Tensor   # (Q, M) int32, log2 of the width in symbols, without context, in 1 / OCTAVE
-    by_pass: torch.Tensor   # (P, M) int32, what each pass adds to that
-    near: torch.Tensor      # (P, M) int16, weight of the neighbours' size, in 1 / UNIT
-    shift: torch.Tensor     # (P, M) int16, weight of their mean, in 1 / UNIT, at most MOST
-    across: torch.Tensor    # (M, M) int16, weight of channel j's size for channel i > j, in 1 / UNIT
+    octaves: torch.Tensor   # (Q, M) int32, log2 of the width in symbols, without context, within LIMITS, in 1 / OCTAVE
+    by_pass: torch.Tensor   # (P, M) int32, what each pass adds to the octaves, in 1 / OCTAVE
+    shift: torch.Tensor     # (P, M) int16, weight of the neighbours' mean, in 1 / UNIT
+    near: torch.Tensor      # (P, M) int16, weight of their mean size, in 1 / WEIGHT, not negative; so are the next two
+    across: torch.Tensor    # (M, M) int16, weight of channel j's size for channel i > j
+    window: torch.Tensor    # (M, M) int16, the same of its mean over 3x3 cells
 
     def validate(self):
         """Raise ValueError unless the coder can use the tables and the context model safely."""
-        if [t.dtype for t in vars(self).values()] != [torch.int32] * 6 + [torch.int16] * 3:
+        if [t.dtype for t in vars(self).values()] != [torch.int32] * 6 + [torch.int16] * 4:
             raise ValueError("tables or context model are not made of integers of the right size")
         low, size, start, cdf = (t.numpy().astype(np.int64) for t in (self.low, self.size, self.start, self.cdf))
         if not (low.shape == size.shape == start.shape == (WIDTHS * SHIFTS,) and cdf.ndim == 1):
@@ -205,11 +216,14 @@ class Tables:
         if (np.delete(np.diff(cdf), start[1:] - 1) <= 0).any():     # from one table's end to the next one's start is no step
             raise ValueError("a probability table is not strictly increasing, so some symbol has no code")
         Q, M = self.octaves.shape if self.octaves.ndim == 2 else (0, 0)
-        if not Q * M or [t.shape for t in (self.by_pass, self.near, self.shift, self.across)] != [(PASSES, M)] * 3 + [(M, M)]:
+        if not 0 < Q * M < 1 << 14 or [t.shape for t in list(vars(self).values())[5:]] != [(PASSES, M)] * 3 + [(M, M)] * 2:
             raise ValueError("the context model has the wrong shape")
-        # A symbol is at most twice the mean of its neighbours and 2^31 more: after seven passes below 2^39, and no product reaches 2^60.
-        if self.shift.int().abs().max() > MOST:
-            raise ValueError("the context model weighs its neighbours' mean more than twice")
+        # So no sum leaves 64 bits. A symbol is at most twice the mean of its neighbours and 2^31 more: after seven passes below 2^39. In
+        # 1 / WIDTH of the narrowest width that is 2^57, in twelfths and eighths of a mean below 2^61; and 9 M sizes, weighted, are below 2^57.
+        if min(t.min() for t in (self.near, self.across, self.window)) < 0:
+            raise ValueError("the context model weighs sizes with less than nothing")
+        if self.octaves.min() < OCTAVE * LIMITS[0] or self.octaves.max() > OCTAVE * LIMITS[1]:
+            raise ValueError("the context model starts from widths that there are no tables for")
         return self
 
     def get(self, t):
@@ -243,10 +257,10 @@ def freeze(prior, steps):
             cdf.append(np.concatenate([[0], counts.cumsum()]))
     start = np.cumsum([0] + [len(c) for c in cdf[:-1]])
     whole = lambda values, unit, dtype: (values * unit).round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
-    octaves = prior.octaves + prior.by_level - steps.detach().double().cpu().log2()             # (Q, M)
+    octaves = (prior.octaves + prior.by_level - steps.detach().double().cpu().log2()).clamp(*LIMITS)    # (Q, M)
     return Tables(*(torch.tensor(np.array(a), dtype=torch.int32) for a in (low, size, start, np.concatenate(cdf))),
-                  whole(octaves, OCTAVE, torch.int32), whole(prior.by_pass, OCTAVE, torch.int32), whole(prior.near, UNIT, torch.int16),
-                  whole(prior.shift.clamp(-MOST / UNIT, MOST / UNIT), UNIT, torch.int16), whole(prior.across.tril(-1), UNIT, torch.int16)).validate()
+                  whole(octaves, OCTAVE, torch.int32), whole(prior.by_pass, OCTAVE, torch.int32), whole(prior.shift, UNIT, torch.int16),
+                  *(whole(weights.abs(), WEIGHT, torch.int16) for weights in (prior.near, prior.across.tril(-1), prior.window.tril(-1)))).validate()
 
 
 # 4. The range coder -----------------------------------------------------------------------------------
@@ -449,29 +463,44 @@ def _walk(k, shape, tables, q, silent, symbols):
     k: int64 (M, h * w), where shape = (h, w). silent(flag, channel): whether a channel is zero throughout; `flag` is the table for that.
     symbols(t, rest): what is coded with the tables t, an array (n,): values less the whole part of mu, (n,). An encoder is handed it and
     hands it back, a decoder returns what it reads, and k is filled with that. So both walk the same way and see the same context."""
-    octaves, by_pass, near, shift = (t.numpy().astype(np.int64) for t in (tables.octaves[q], tables.by_pass, tables.near, tables.shift))
-    across, passes = tables.across.numpy().astype(np.float64), coarse_to_fine(*shape)
+    octaves, by_pass, shift, near = (t.numpy().astype(np.int64) for t in (tables.octaves[q], tables.by_pass, tables.shift, tables.near))
+    size_of_one = WIDTH * POWERS[20 * OCTAVE - octaves] >> 20   # (M,) 2^-octaves: a symbol of 1 in widths without context, in 1 / WIDTH
+    weights, passes = torch.stack([tables.across, tables.window], 1).numpy().astype(np.float64), coarse_to_fine(*shape)     # (M, 2, M)
     turn = np.empty(k.shape[1], np.int64)                   # in which pass a cell's turn comes
     for n, (cells, _, _) in enumerate(passes):
         turn[cells] = n
     at_zero = (tables.start - tables.low).long()            # where in cdf the symbol 0 begins
     zeros = (tables.cdf[at_zero + 1] - tables.cdf[at_zero]).tolist()
-    # Exact in float64, whatever the order: these are integers, and all sums lie below M * 2^15 * 160 < 2^53. And its matrix products are fast.
-    heard, known = [], np.empty(k.shape)                    # channels that are not silent, and their logarithms (.., h*w)
+    one = WEIGHT * WIDTH                                    # a size of 1 with a weight of 1
+
+    def sizes(values, m):
+        """How large these values of channel m are, in 1 / WIDTH of its width without context."""
+        return np.minimum(np.abs(values) * size_of_one[m], WIDTH * LARGEST)
+
+    def wider(total):
+        """How many octaves wider than usual, in 1 / OCTAVE, a weighted sum of sizes makes a symbol, (n,)."""
+        return octaves_of(one + total) - octaves_of(one)
+
+    # Exact in float64, whatever the order: these are integers, and all sums lie below M * 2^15 * 2^24 < 2^53. And its matrix products are fast.
+    heard, known = [], np.empty(k.shape)                    # channels that are not silent, and their sizes (.., h*w)
     for m, channel in enumerate(k):                                                             # (h*w,)
-        wide = octaves[m] + by_pass[turn, m] + (across[m, heard] @ known[:len(heard)]).astype(np.int64)     # (h*w,)
-        if len(channel) >= FLAG_FROM and silent(_zero_flag(zeros, _table_of(wide)), channel):
+        here, about = (weights[m][:, heard] @ known[:len(heard)]).astype(np.int64)              # (h*w,) each
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(about.reshape(shape), 1), (3, 3))     # (h, w, 3, 3)
+        total = here + windows.sum((2, 3)).ravel() // 9                                         # (h*w,)
+        usual = octaves[m] + by_pass[turn, m]                                                   # (h*w,)
+        # Were all of them zero, then so were mu and what is near, and these are the tables that they would be coded with.
+        if len(channel) >= FLAG_FROM and silent(_zero_flag(zeros, _table_of(usual + wider(total))), channel):
             continue
         values = np.append(channel, 0)                      # the last one stands for neighbours beyond the border
         for n, (cells, around, share) in enumerate(passes):
             others = values[around]                                                             # (4, n)
-            wider = near[n, m] * logs(np.abs(others).sum(0) * share)                            # (n,)
+            sum_of_sizes = total[cells] + near[n, m] * sizes(others, m).sum(0) * share // 12    # (n,)
             eighths = (others.sum(0) * share * shift[n, m] * SHIFTS + 6 * UNIT) // (12 * UNIT)  # (n,) mu in eighths, rounded
             whole = (eighths + SHIFTS // 2) // SHIFTS                                           # (n,)
-            t = _table_of(wide[cells] + wider, eighths - SHIFTS * whole)                        # (n,)
+            t = _table_of(usual[cells] + wider(sum_of_sizes), eighths - SHIFTS * whole)        # (n,)
             values[cells] = whole + symbols(t, values[cells] - whole)
         channel[:] = values[:-1]
-        known[len(heard)] = logs(12 * np.abs(channel))
+        known[len(heard)] = sizes(channel, m)
         heard.append(m)
 
 

@@ -191,27 +191,35 @@ class Autoencoder(nn.Module):
         # On integers clamp(-1, 1) is the sign; `refine` has numbers in between, where it is continuous.
         return self.step(q) * (k - self.offset[q][:, :, None, None] * k.clamp(-1, 1))           # (B, M, h, w)
 
-    def forward(self, x, q):
+    def forward(self, x, q, prior_only=False):
         """The training objective. x: (B, 3, H, W) in [-1, 1], H and W multiples of 16; q: (B,) levels.
 
-        Returns a dict of (B,) tensors: `loss`, `bpp` (estimated bits per pixel), `mse` (per channel, on the scale 0..255).
+        Returns a dict of (B,) tensors: `loss`, `bpp` (estimated bits per pixel), `mse` (per channel, on the scale 0..255). With prior_only
+        there is no error, only the rate, and that of the integers themselves: nothing needs a gradient through rounding.
         """
         u = self.analysis(x, q) / self.step(q)                                                  # (B, M, h, w)
+        lambdas = torch.tensor(self.config.lambdas, device=x.device)
+        # Levels cost from 0.1 to 1 bit per pixel. Dividing by sqrt(lambda) lets a per cent weigh about the same at each.
+        weight = (lambdas.mean() / lambdas[q]).sqrt()
+        if prior_only:
+            bpp = self.bpp(u.round(), u.round(), x, q)                                          # (B,)
+            return {"loss": weight * bpp, "bpp": bpp}
         # Rounding has no gradient. For the rate, uniform noise as wide as a step stands in for it (Balle et al. 2017):
         # the noisy latent's density is, at every integer, exactly that bin's probability, and smooth in between. But the decoder
         # must see what it will see in earnest, truly rounded values; there the gradient passes straight through to u. So the
         # step is pushed by both: the rate wants it wide, the error wants it narrow.
         bpp, mse = self.cost(u + torch.rand_like(u) - 0.5, u + (u.round() - u).detach(), x, q)  # (B,) each
-        lambdas = torch.tensor(self.config.lambdas, device=x.device)
-        # Levels cost from 0.1 to 1 bit per pixel. Dividing by sqrt(lambda) lets a per cent weigh about the same at each.
-        weight = (lambdas.mean() / lambdas[q]).sqrt()
         return {"loss": weight * (bpp + lambdas[q] * mse), "bpp": bpp, "mse": mse}
 
+    def bpp(self, for_rate, for_context, x, q):
+        """Estimated bits per pixel, (B,), of pictures x at levels q. Two stand-ins for the integer latent, (B, M, h, w), in units of steps."""
+        bits = self.prior.bits(for_rate, for_context, self.step(q), q).sum(dim=(1, 2, 3))       # (B,)
+        return bits / (x.shape[-2] * x.shape[-1])
+
     def cost(self, for_rate, for_decoder, x, q):
-        """(bpp, mse), (B,) each, of pictures x at levels q. Two stand-ins for the integer latent, (B, M, h, w), in units of steps."""
-        bits = self.prior.bits(for_rate, for_decoder, self.step(q), q).sum(dim=(1, 2, 3))       # (B,)
+        """(bpp, mse), (B,) each, of pictures x at levels q. Two stand-ins for the integer latent, as in `bpp`."""
         x_hat = self.synthesis(self.dequantize(for_decoder, q), q)                              # (B, 3, H, W)
-        return bits / (x.shape[-2] * x.shape[-1]), (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2
+        return self.bpp(for_rate, for_decoder, x, q), (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2
 
     def refine(self, x, q, steps, on_step=lambda step: None):
         """Better latents for these very pictures, in units of steps, (B, M, h, w). The decoder need not know.
@@ -658,7 +666,7 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
 
 # Housekeeping: checkpoints, devices, errors -----------------------------------------------------------
 
-FORMAT = "hfd checkpoint 2"
+FORMAT = "hfd checkpoint 3"
 
 
 class HFDError(Exception):

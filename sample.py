@@ -39,7 +39,7 @@ import entropy
 import hfd
 from hfd import CELL, HFDError
 
-MAGIC, VERSION = b"HFD", 2
+MAGIC, VERSION = b"HFD", 3
 HEADER = struct.Struct(">3sBBBHHI4s")       # without the checksum, which follows it
 HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken

@@ -247,7 +247,7 @@ def train_autoencoder(args, resumed=None):
         """The mean objective over random crops, each at a random level."""
         x = photos.crops(batch, size)                                                           # (B, 3, size, size)
         q = torch.randint(levels, (batch,)).to(device)                                          # a level per picture
-        return {name: value.mean() for name, value in model(x, q).items()}
+        return {name: value.mean() for name, value in model(x, q, prior_only=base is not None).items()}
 
     def checkpoint(ema, recipe):
         """Averaged weights, with the prior frozen to integer tables. A denoiser for the same pictures stays in it."""
@@ -256,7 +256,7 @@ def train_autoencoder(args, resumed=None):
 
     def scale(name):
         """The linear path starts at a good place, with entries of about 0.04: it is refined, ten times more slowly than the rest. The
-        prior's parameters are octaves and weights of neighbours, of about 1, and may move ten times as fast."""
+        prior's parameters are octaves, and weights that end up a hundred times larger than they start: they may move ten times as fast."""
         return 0.1 if "linear" in name else 10.0 if name.startswith("prior") else 1.0
 
     groups = [{"params": [p for name, p in model.named_parameters() if scale(name) == s], "scale": s} for s in (0.1, 1.0, 10.0)]

@@ -69,7 +69,7 @@ def bits(image, model):
     autoencoder.offset.data.zero_()
     print("5. without offsets: PSNR " + show(psnr(k, q) - before[q] for q, k in enumerate(latents)) + " dB")
     autoencoder.offset.data.copy_(offset)
-    for part in ("shift", "near", "across"):
+    for part in ("shift", "near", "across", "window"):
         deaf = replace(model.tables, **{part: torch.zeros_like(getattr(model.tables, part))})
         print(f"6. without {part}: " + show(100 * (size(deaf) / bytes_before - 1)) + " % of the bytes")
     precision = entropy.PRECISION
