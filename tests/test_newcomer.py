@@ -132,7 +132,7 @@ def test_shipped_model_spans_the_curve(shipped, portrait):
         sizes.append(8 * len(data) / (portrait.width * portrait.height))
         errors.append(-sample.psnr(portrait, sample.to_image(shipped.autoencoder.decode(k, q), *portrait.size)))
     assert sorted(sizes) == sizes and sorted(errors, reverse=True) == errors
-    assert sizes[0] < 0.1 and 0.75 < sizes[-1] and -errors[0] > 25 and -errors[-1] > 33.9
+    assert sizes[0] < 0.1 and 0.6 < sizes[-1] < 1 and -errors[0] > 25 and -errors[-1] > 33.9
 
 
 def test_a_sample_is_one_of_many_and_not_tinted(shipped, portrait):
