@@ -85,7 +85,7 @@ class Prior(nn.Module):
         u: (B, M, h, w), the values to code, in units of steps; k: (B, M, h, w), those that the context is taken from (in training the one is
         noisy and the other rounded, see hfd.Autoencoder.forward); step: (B, M, 1, 1); q: (B,) levels. Returns (B, M, h, w).
         The floor of 2^-30 stands for the escape code, which makes no symbol infinitely expensive."""
-        # No narrower or wider than the tables that there will be, but for a trickle of gradient that leads back.
+        # Widths: none narrower or wider than the tables that there will be; but beyond these limits a trickle of gradient leads back.
         limited = lambda octaves: octaves.clamp(*LIMITS) + 0.01 * (octaves - octaves.detach())
         octaves = limited((self.octaves + self.by_level[q])[:, :, None, None] - torch.log2(step))   # (B, M, 1, 1) without context
         mu, wider = self.context(k, octaves)                                                    # (B, M, h, w) each
@@ -118,9 +118,12 @@ class Prior(nn.Module):
 #                + near * the mean size of four neighbours in its own channel
 #
 # with learned weights, none of them negative. (Buccigrossi & Simoncelli 1999 found that wavelet coefficients obey such a law.) As sizes are
-# relative, the same weights serve all quality levels; `by_pass` widens the early passes, which know less (below). Second, where: mu is `shift` times the mean of these four neighbours. This matters for
-# few channels, but for these it matters much: neighbouring blocks differ little in their mean colour, which is why even JPEG codes only the
-# differences. ELIC has a network for each of these, with the same two kinds of context (channels in turn, and a chequerboard of cells).
+# relative, the same weights serve all quality levels; `by_pass` widens the early passes, which know less (below).
+#
+# Second, where they will be: mu is `shift` times the mean of these four neighbours. This matters for few channels, but for these it matters
+# much: neighbouring blocks differ little in their mean colour, which is why even JPEG codes only the differences.
+#
+# ELIC has a network for each of these, with the same two kinds of context (channels in turn, and a chequerboard of cells).
 #
 # Neighbours on all four sides can only be known if cells are not coded row by row. So each channel is coded from coarse to fine: first one
 # cell in eight in each direction. Then the middle of every square of these, between its four corners; then the middle of every side, between
