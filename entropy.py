@@ -261,9 +261,11 @@ def freeze(prior, steps):
     start = np.cumsum([0] + [len(c) for c in cdf[:-1]])
     whole = lambda values, unit, dtype: (values * unit).round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
     octaves = (prior.octaves + prior.by_level - steps.detach().double().cpu().log2()).clamp(*LIMITS)    # (Q, M)
-    return Tables(*(torch.tensor(np.array(a), dtype=torch.int32) for a in (low, size, start, np.concatenate(cdf))),
-                  whole(octaves, OCTAVE, torch.int32), whole(prior.by_pass, OCTAVE, torch.int32), whole(prior.shift, UNIT, torch.int16),
-                  *(whole(weights.abs(), WEIGHT, torch.int16) for weights in (prior.near, prior.across.tril(-1), prior.window.tril(-1)))).validate()
+    low, size, start, cdf = (torch.tensor(np.array(a), dtype=torch.int32) for a in (low, size, start, np.concatenate(cdf)))
+    near, across, window = (whole(w.abs(), WEIGHT, torch.int16) for w in (prior.near, prior.across.tril(-1), prior.window.tril(-1)))
+    return Tables(low=low, size=size, start=start, cdf=cdf, octaves=whole(octaves, OCTAVE, torch.int32),
+                  by_pass=whole(prior.by_pass, OCTAVE, torch.int32), shift=whole(prior.shift, UNIT, torch.int16),
+                  near=near, across=across, window=window).validate()
 
 
 # 4. The range coder -----------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def freeze(prior, steps):
 # added to them, as in school: every trailing 255 turns to 0, and the byte before goes up by one. It can only
 # happen once per byte, because low + range never grows past the end of the interval it started in.
 
-TOP, BOTTOM, MASK = 1 << 64, 1 << 56, (1 << 64) - 1
+TOP, BOTTOM = 1 << 64, 1 << 56
 
 
 class RangeEncoder:
@@ -303,7 +305,7 @@ class RangeEncoder:
                     self._carry()
                     low -= TOP
                 out.append(low >> 56)
-                low = (low << 8) & MASK
+                low = (low & (BOTTOM - 1)) << 8
                 range_ <<= 8
         self.low, self.range = low, range_
         self.bits += float((PRECISION - np.log2(freqs)).sum())
@@ -439,10 +441,9 @@ def _zero_flag(zeros, t):
 
     The product of P(0) over all symbols is what the prior gives to all of them being zero. A flag of that probability costs
     an all-zero channel just what its zeros would have cost, and spares the loop over them. (But never more than 24 bits: in a
-    large and smooth picture whole channels are silent, more often than independent symbols would be.) Where the flag
-    says "not all zero", it cost -log2(1 - P) bits more than needed, half a bit on average at worst; so channels of
-    fewer than FLAG_FROM symbols, where that would be noticed, have no flag. Powers by repeated squaring in
-    integers of 62 bits, for floating-point powers differ between machines."""
+    large and smooth picture whole channels are silent, more often than independent symbols would be.) Saying "not all zero" costs
+    -log2(1 - P) bits more than needed, half a bit on average at worst: hence FLAG_FROM. Powers by repeated squaring in integers
+    of 62 bits, for floating-point powers differ between machines."""
     power = 1 << 62
     for table, count in enumerate(np.bincount(t).tolist()):
         base = zeros[table] << (62 - PRECISION)

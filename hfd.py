@@ -248,7 +248,7 @@ class Autoencoder(nn.Module):
         return u.detach()
 
     @torch.no_grad()
-    def encode(self, x, q, tile=1024, refine=0, on_step=lambda step: None):
+    def encode(self, x, q, refine=0, on_step=lambda step: None):
         """Picture (1, 3, H, W) in [-1, 1], sides multiples of 16, to its integer latent k (1, M, H/16, W/16), int32.
 
         refine: steps of `refine`, 0 for none. Tiles are searched one by one, and need not agree in the margins that they share, nor in which
@@ -262,15 +262,15 @@ class Autoencoder(nn.Module):
             report = lambda step: on_step(next(done) / tiles)
             apply_tiled(lambda window: self.refine(window, level, refine, report), [x], u, side, 64)
         else:
-            apply_tiled(lambda window: self.analysis(window, level) / self.step(level), [x], u, tile)
+            apply_tiled(lambda window: self.analysis(window, level) / self.step(level), [x], u)
         return u.round().int()
 
     @torch.no_grad()
-    def decode(self, k, q, tile=1024):
+    def decode(self, k, q):
         """Integer latent k (1, M, h, w) to the reconstruction x_hat (1, 3, 16 h, 16 w), in [-1, 1]."""
         level = torch.tensor([q], device=k.device)
         x_hat = torch.empty(1, 3, CELL * k.shape[-2], CELL * k.shape[-1], device=k.device)
-        return apply_tiled(lambda window: self.synthesis(self.dequantize(window, level), level), [k], x_hat, tile).clamp_(-1, 1)
+        return apply_tiled(lambda window: self.synthesis(self.dequantize(window, level), level), [k], x_hat).clamp_(-1, 1)
 
 
 # Noise ------------------------------------------------------------------------------------------------
@@ -582,7 +582,7 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, colum
     chosen(row, column): whether to visit that tile, counted from 0.
     batch: f is given up to so many windows of one size at once, as (batch, C, ., .): small tiles alone do not fill a GPU.
     """
-    tile, context = max(1, math.ceil(tile / CELL)), math.ceil(context / CELL)                   # in cells, from here on
+    tile, context = math.ceil(tile / CELL), math.ceil(context / CELL)                           # in cells, from here on
     rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (-2, -1))
 
     def cut(t, samples, top, bottom, left, right):
@@ -622,21 +622,18 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
     the whole picture at once, at the memory of one patch; with none, seams show. All noise is drawn on the CPU from `seed`,
     for the canvas at once, whatever the device and the patches.
 
-    grouped: work as the paper does instead, for it may not rely on a local network. Four groups of patches that do not touch
-    take turns, each going all the way from noise to picture. The later see around them what the earlier made: there the
-    denoiser's x is overwritten with what is known, so that z_t in the context is that picture at the right noise level.
-    Where nothing is made yet, x_hat stands in. An approximation, for the early groups cannot know what the late ones will do.
+    grouped: work as the paper does instead, for it may not rely on a local network. Four groups of patches that do not touch take turns,
+    each going all the way from noise to picture. Around its patches the denoiser's x is overwritten with what earlier groups made, or with x_hat
+    where nothing is made yet, so that z_t there has the right noise level. An approximation: early groups cannot know what late ones will do.
 
-    sampler: None for what the objective asks: "dpm", or for a flow "ddim", which is Euler's step. energy: the HFD+ map at one value
-    per CELL, (1, 1, H/16, W/16), or None. eta: shift of the schedule; None for RELATIVE_ETA times the residual's standard deviation
-    at level q, so that the noise is of the size of what is missing. patch, context: pixels. batch: patches that the network is
-    given at once. Returns (1, 3, H, W) in [-1, 1]."""
+    sampler: None for "dpm", or for a flow "ddim", which is Euler's step. energy: the HFD+ map at one value per CELL, (1, 1, H/16, W/16), or
+    None. eta: shift of the schedule; None for RELATIVE_ETA times the residual's standard deviation at level q, so that the noise is of the
+    size of what is missing. patch, context: pixels. batch: patches that the network is given at once. Returns (1, 3, H, W) in [-1, 1]."""
     sampler = sampler or {"v": "dpm", "flow": "ddim"}[diffusion.config.objective]
     eta = eta or RELATIVE_ETA * diffusion.residual_std[q].square().mean().sqrt().item()
     generator, device = torch.Generator().manual_seed(seed), x_hat.device
     level = torch.tensor([q], device=device)
-    if energy is None:
-        energy = x_hat.new_full((1, 1, x_hat.shape[-2] // CELL, x_hat.shape[-1] // CELL), -1)   # negative: there is no map
+    given = [x_hat] if energy is None else [x_hat, energy]
     canvas = torch.empty_like(x_hat)                                                            # (1, 3, H, W)
     noise = lambda: torch.randn(x_hat.shape, generator=generator).to(device)
     schedule = lambda t: SCHEDULES[diffusion.config.objective](t, eta)
@@ -645,11 +642,11 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
         """The denoiser on the whole canvas (1, 3, H, W), patch by patch, or on the chosen patches."""
         log_snr = log_snr.to(x_hat.dtype).to(device)                                            # ()
 
-        def denoise(z, x_hat, energy):
+        def denoise(z, x_hat, energy=None):
             """The denoiser on a batch of windows, (B, 3, ., .)."""
             return diffusion.predict_x(z, x_hat, log_snr.expand(len(z)), level.expand(len(z)), energy)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
-            return apply_tiled(denoise, [z, x_hat, energy], canvas, patch, context, chosen, batch)
+            return apply_tiled(denoise, [z, *given], canvas, patch, context, chosen, batch)
 
     if not grouped:
         return sample(predict_x, steps, sampler, schedule, noise, on_step).clamp_(-1, 1)
@@ -800,9 +797,9 @@ def rebuild(kind, config, weights):
     """The network kind(config) with these weights, or ValueError if they are not what that configuration asks for. It
     is built first on torch's device "meta", where tensors have shapes and no memory: a forged configuration may ask for any size."""
     # Every stage and every block has weights; a configuration of more of them is a forgery that would take forever to build, even there.
-    settings = [value for setting in vars(config).values() for value in (setting if isinstance(setting, (tuple, list)) else [setting])]
-    if not all(map(plain, settings)):
-        raise ValueError("its configuration cannot be read")
+    for setting in vars(config).values():
+        if not all(map(plain, setting if isinstance(setting, (tuple, list)) else [setting])):
+            raise ValueError("its configuration cannot be read")
     parts = 1 + np.broadcast_to(np.array(config.blocks, float), len(config.widths))             # the least that each stage has
     if min(parts) < 1 or sum(parts) > len(weights):
         raise ValueError("its configuration cannot be meant")

@@ -8,7 +8,7 @@
 An .hfd file is a header of 22 bytes, an optional HFD+ map, the range-coded latent, and nothing else. Numbers are big-endian:
 
     bytes  0-2   "HFD"
-           3     version of the format, 2
+           3     version of the format, 3
            4     quality level, 1 .. Q
            5     HFD+: side of the map's blocks in pixels as a power of two (4 .. 7), or 0 for no map
            6-9   width, height in pixels, 16 bits each
@@ -240,7 +240,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
         x = hfd.sample_picture(model.diffusion, x_hat, q, seed=seed, energy=energy, **settings)
         x_hat.lerp_(x, rho)
     clock.append(hfd.clock(device))
-    seconds = dict(zip(("range decoder", "decoder", "diffusion"), (end - begin for begin, end in zip(clock, clock[1:]))))
+    seconds = {"range decoder": clock[1] - clock[0], "decoder": clock[2] - clock[1], "diffusion": clock[3] - clock[2]}
     return to_image(x_hat, header["width"], header["height"]), {"seconds": seconds}
 
 
@@ -338,8 +338,8 @@ def largest_within(size, image, kind="jpeg", **options):
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=quality, **options)
         return buffer.getvalue()
-    qualities = range(1, 96)                                # files grow with quality, so it can be found by halving
-    quality = qualities[max(bisect.bisect_right(qualities, size, key=lambda quality: len(encode(quality))) - 1, 0)]
+    # Files grow with quality, so halving finds how many of the qualities 1 .. 95 fit.
+    quality = max(1, bisect.bisect_right(range(1, 96), size, key=lambda quality: len(encode(quality))))
     return encode(quality), quality
 
 
@@ -389,11 +389,18 @@ def run_demo(args):
     print("wrote " + ", ".join(paths))
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the default of every flag that has one to tell."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def command_line():
     """The parser of all commands, with every default in its help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    show = dict(formatter_class=Help)
     demo = commands.add_parser("demo", help="compress and decode a portrait, and compare", **show)
     demo.add_argument("--out", metavar="DIR", default="demo", help="folder for what it writes")
     c = commands.add_parser("compress", help="picture to .hfd file", **show)

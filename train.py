@@ -100,7 +100,7 @@ class Photos:
                 break
         if not self.images:
             raise HFDError(f"{folder}: no pictures found there. Give --images a folder of pictures, or leave it out to train on dead leaves")
-        self.description = f"{len(self.images)} pictures, {total:.0f} megapixels" if folder else "dead leaves"
+        self.description = f"{len(self.images)} pictures, {total:.0f} megapixels" if folder is not None else "dead leaves"
 
     def crops(self, count, size):
         """Random crops (count, 3, size, size) in [-1, 1], each mirrored half of the time. Uses torch's global seed."""
@@ -118,10 +118,10 @@ class Photos:
 EMA = 0.999         # decay of the averaged weights
 
 
-def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
+def fit(args, model, batch_loss, groups, checkpoint, photos, resumed):
     """Minimise batch_loss(model, crop_size, batch_size) -> {"loss": ..., other named numbers}, to args.steps.
 
-    stage: "autoencoder" or "diffusion". groups: optimizer parameter groups, each with its learning-rate factor "scale".
+    groups: optimizer parameter groups, each with its learning-rate factor "scale".
     checkpoint(ema, recipe): the dictionary to save, of the averaged model and how it was made. photos: what the recipe describes.
     resumed: the Model to go on from, or None.
 
@@ -149,20 +149,20 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
 
     stop = []                                               # Ctrl-C asks the loop to end after the step that it is in
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    begin, first, sums, count, images, mark = time.time(), step, {}, 0, 0, time.time()
+    begin = mark = time.time()
+    seen = []                                               # what the steps since the last line of progress said
 
     def interrupted():
         """Whether Ctrl-C was pressed, on any of the processes."""
-        if world == 1:
-            return bool(stop)
         asked = torch.tensor(len(stop), device=device)
-        dist.all_reduce(asked)                              # all processes must leave the loop at the same step
+        if world > 1:
+            dist.all_reduce(asked)                          # all processes must leave the loop at the same step
         return bool(asked)
 
     def save():
         """Write the checkpoint: what a user needs, and under training what --resume needs."""
         if rank == 0:
-            training = {"step": step, "minutes": minutes + (time.time() - begin) / 60, "args": vars(args), "stage": stage,
+            training = {"step": step, "minutes": minutes + (time.time() - begin) / 60, "args": vars(args), "stage": args.stage,
                         "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             recipe = {"command": ", then ".join(args.commands), "data": photos.description, "seed": args.seed,
                       "steps": step, "hardware": hfd.hardware(device), "minutes": round(training["minutes"], 1),
@@ -194,19 +194,18 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
-            count, images = count + 1, images + batch * world
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            seen.append({name: value.item() for name, value in terms.items()} | {"images": batch * world})
             if step % args.log_every == 0 or step == args.steps:
-                rate = (step - first) / (time.time() - begin)
-                shown = {name: value / count for name, value in sums.items()}
+                seconds = (time.time() - mark) / len(seen)                                      # per step
+                shown = {name: sum(said[name] for said in seen) / len(seen) for name in seen[0]}
+                images = shown.pop("images") / seconds
                 if "mse" in shown:
                     shown["PSNR"] = 10 * math.log10(255 ** 2 / shown.pop("mse"))
                 if rank == 0:
                     numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-                    left = timedelta(seconds=round((args.steps - step) / rate))
-                    print(f"step {step:6d}/{args.steps}  {numbers}  {images / (time.time() - mark):.1f} images/s  {left} left", flush=True)
-                sums, count, images, mark = {}, 0, 0, time.time()
+                    left = timedelta(seconds=round((args.steps - step) * seconds))
+                    print(f"step {step:6d}/{args.steps}  {numbers}  {images:.1f} images/s  {left} left", flush=True)
+                seen, mark = [], time.time()
             if step % args.save_every == 0 and step < args.steps:
                 save()
         save()                              # still deaf to Ctrl-C: somebody who presses it twice must not lose this
@@ -218,8 +217,10 @@ def fit(args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
 
 
 def lineage(base, part, recipe):
-    """The record of a model that goes on from `base`, if any: what is told of that, but not the numbers measured on it, and how this part was made."""
-    return {name: told for name, told in (base.recipe if base else {}).items() if name != "measured"} | {part: recipe}
+    """The record of a model that goes on from `base`, if any: what is told of that, and how this part was made."""
+    told = dict(base.recipe) if base else {}
+    told.pop("measured", None)                              # on another model
+    return told | {part: recipe}
 
 
 # Stage 1: rate + lambda * MSE -------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def train_autoencoder(args, resumed=None):
         return 0.1 if "linear" in name else 10.0 if name.startswith("prior") else 1.0
 
     groups = [{"params": [p for name, p in model.named_parameters() if scale(name) == s], "scale": s} for s in (0.1, 1.0, 10.0)]
-    fit(args, "autoencoder", model, batch_loss, groups, checkpoint, photos, resumed)
+    fit(args, model, batch_loss, groups, checkpoint, photos, resumed)
 
 
 # Stage 2: the diffusion model, given reconstructions --------------------------------------------------
@@ -278,10 +279,11 @@ def train_diffusion(args, resumed=None):
     levels = len(autoencoder.config.lambdas)
     config = hfd.DiffusionConfig(levels=levels, eta=args.eta, preconditioned=not args.plain, objective=args.objective)
     if resumed:     # what it was, whatever the defaults are now; only the schedule may change
-        config, asked = replace(resumed.diffusion.config, eta=args.eta, objective=args.objective), config
-        if (config.levels, config.preconditioned) != (asked.levels, asked.preconditioned):
-            raise HFDError(f"{args.out}: was trained {'with' if config.preconditioned else 'without'} the closed-form start and for "
-                           f"{config.levels} levels; --resume cannot change that")
+        known = resumed.diffusion.config
+        if (known.levels, known.preconditioned) != (config.levels, config.preconditioned):
+            raise HFDError(f"{args.out}: was trained {'with' if known.preconditioned else 'without'} the closed-form start and for "
+                           f"{known.levels} levels; --resume cannot change that")
+        config = replace(known, eta=args.eta, objective=args.objective)
         if hfd.fingerprint(resumed.autoencoder.state_dict()) != hfd.fingerprint(autoencoder.state_dict()):
             print(f"note: {args.autoencoder} is not the autoencoder of {args.out}; the residual's spread stays what it was there")
     model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
@@ -289,8 +291,7 @@ def train_diffusion(args, resumed=None):
     @torch.no_grad()
     def pairs(x, q):
         """Crops (x, x_hat), each (B, 3, size, size), cut out of larger ones x, (B, 3, size + 2 MARGIN, size + 2 MARGIN), at levels q, (B,)."""
-        # Of rounded latents: what the decoder sees, but for a grain of about 0.01 that bfloat16 leaves here. (900 steps on pairs made in
-        # float32 were tried: slower by a tenth, and no better.)
+        # Of rounded latents: what the decoder sees, but for a grain of about 0.01 that bfloat16 leaves here.
         k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()                          # (B, M, h, w)
         x_hat = autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)             # (B, 3, ., .)
         return (t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat))
@@ -314,7 +315,7 @@ def train_diffusion(args, resumed=None):
         """Averaged weights, beside the autoencoder and tables that they belong to."""
         return hfd.pack(autoencoder, base.tables, ema, lineage(base, "diffusion", recipe))
 
-    fit(args, "diffusion", model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos, resumed)
+    fit(args, model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos, resumed)
 
 
 # The command line -------------------------------------------------------------------------------------
@@ -353,7 +354,7 @@ def command_line():
     """(parser, {stage: its own parser}), every flag with its default in the help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="stage", required=True)
-    show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    show = dict(formatter_class=sample.Help)
     ae = commands.add_parser("autoencoder", help="stage 1: rate + lambda * MSE", **show)
     diffusion = commands.add_parser("diffusion", help="stage 2: sample x given x_hat", **show)
     for p, out, batch, crop in ((ae, "runs/autoencoder.pt", 8, 128), (diffusion, "runs/hfd.pt", 16, 64)):
@@ -388,8 +389,8 @@ def checked(args):
     """The flags of a training stage, if they make sense; else HFDError."""
     if args.crop % hfd.CELL or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
         raise HFDError("--crop must be a multiple of 16, --batch, --steps, --log-every and --save-every at least 1")
-    if not getattr(args, "eta", 1) > 0:
-        raise HFDError("--eta must be above 0")
+    if not (0 < getattr(args, "eta", 1) < math.inf and 0 < args.lr < math.inf):
+        raise HFDError("--eta and --lr must be numbers above 0")
     if getattr(args, "objective", "v") not in hfd.SCHEDULES or args.steps > 10 ** 9 or not 0 <= args.seed < 2 ** 32:    # of a forged checkpoint, too
         raise HFDError("--objective, --steps or --seed cannot be meant")
     return args
@@ -431,8 +432,8 @@ def main(argv=None):
                 raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
             fresh, commands = vars(parser.parse_args([args.stage])), list(training["args"]["commands"])
             settings = {name: training["args"].get(name, fresh[name]) for name in fresh if name not in ("stage", "resume", "pause_at", "out")}
-            kinds = {(type(value), type(fresh[name])) for name, value in settings.items()} - {(str, type(None))}    # a folder, where none is the default
-            if not all(own is usual for own, usual in kinds) or not all(isinstance(line, str) for line in commands):
+            usual = lambda value, default: type(value) is type(default) or default is None and isinstance(value, str)   # a folder, say
+            if not all(usual(value, fresh[name]) for name, value in settings.items()) or not all(isinstance(line, str) for line in commands):
                 raise ValueError("its settings cannot be read")
             stages[args.stage].set_defaults(**settings)
             args = checked(parser.parse_args(argv))

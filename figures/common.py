@@ -86,7 +86,7 @@ class Run:
 
     def __init__(self, name, description, argv=None, add_flags=lambda parser: None, **defaults):
         parser = argparse.ArgumentParser(prog=f"python -m figures.{name}", description=description.split("\n")[0],
-                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                         formatter_class=sample.Help)
         parser.add_argument("--images", metavar="DIR", help="folder of pictures to measure on; without it: a portrait and dead leaves")
         parser.add_argument("--pictures", type=int, metavar="N", help="of that folder only so many pictures, evenly spread")
         parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint")

@@ -63,7 +63,8 @@ def bits(image, model):
     levels = range(len(autoencoder.config.lambdas))
     latents = [autoencoder.encode(x, q) for q in levels]
     size = lambda tables, latents=latents: np.array([len(entropy.encode(k[0].numpy(), tables, q)) for q, k in enumerate(latents)])
-    psnr = lambda k, q: sample.psnr(image, sample.to_image(autoencoder.decode(k, q), *image.size))
+    picture = lambda k, q: sample.to_image(autoencoder.decode(k, q), *image.size)
+    psnr, texture = (lambda k, q: sample.psnr(image, picture(k, q))), (lambda k, q: gradient(picture(k, q)))
     show = lambda values: ", ".join(f"{value:+.2f}" for value in values)
     before, bytes_before, offset = [psnr(k, q) for q, k in enumerate(latents)], size(model.tables), autoencoder.offset.data.clone()
     autoencoder.offset.data.zero_()
@@ -79,14 +80,22 @@ def bits(image, model):
     finally:
         entropy.PRECISION, entropy.TOTAL = precision, 1 << precision
     rounded = [towards_zero(autoencoder, k, x, q) for q, k in enumerate(latents)]
+    bytes_after = size(model.tables, rounded)
+
+    def at_equal_bytes(number):
+        """number(k, q) after rounding towards zero over what it is, between two levels, in as many bytes without that, from level 2 on."""
+        usual, after = (np.log([number(k, q) for q, k in enumerate(some)]) for some in (latents, rounded))
+        return np.exp(after - np.interp(np.log(bytes_after), np.log(bytes_before), usual))[1:]
 
     def objective(k, q):
         """What training minimises, of this one picture."""
         bpp, mse = autoencoder.cost(k.float(), k.float(), x, torch.tensor([q]))                     # (1,) each
         return (bpp + autoencoder.config.lambdas[q] * mse).item()
-    print("10. rounding towards zero: " + show(100 * (size(model.tables, rounded) / bytes_before - 1)) + " % of the bytes")
+    print("10. rounding towards zero: " + show(100 * (bytes_after / bytes_before - 1)) + " % of the bytes")
     print("10. rounding towards zero: " + show(100 * (objective(b, q) / objective(a, q) - 1) for q, (a, b) in enumerate(zip(latents, rounded))) +
           " % of rate + lambda * error")
+    print("10. at equal bytes, from level 2 on: squared error " + show(100 * (at_equal_bytes(lambda k, q: 10 ** (-psnr(k, q) / 10)) - 1)) +
+          " %, texture " + show(100 * (at_equal_bytes(texture) - 1)) + " %")
     k = autoencoder.encode(x, LEVEL - 1, refine=60)
     latents[LEVEL - 1] = k
     print(f"10. --refine 60, level {LEVEL}: {100 * (size(model.tables) / bytes_before - 1)[LEVEL - 1]:+.2f} % of the bytes, "

@@ -34,7 +34,7 @@ def mean_gap(x_a, y_a, x_b, y_b):
 def bd_rate(rates_a, psnr_a, rates_b, psnr_b):
     """The Bjontegaard difference (Bjontegaard 2001): how many per cent more bits curve b needs than curve a at equal PSNR.
 
-    Rates above 0 in one unit, PSNR in dB. The mean of log(rate_b / rate_a), see mean_gap, taken back from the logarithm: -10 means
+    Rates above 0 in one unit; PSNR in dB, or another measure of quality. The mean of log(rate_b / rate_a), see mean_gap, taken back from the logarithm: -10 means
     that b saves a tenth. ValueError if the curves have no PSNR in common."""
     return 100 * float(np.expm1(mean_gap(psnr_a, np.log(rates_a), psnr_b, np.log(rates_b))))
 

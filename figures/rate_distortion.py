@@ -78,20 +78,32 @@ def measure(run):
     return curves
 
 
+OURS = "autoencoder", "refined", "HFD"
+
+
 def summarise(curves, kodak):
     """What the curves say in single numbers: BD rates, and what sampling costs at each level."""
-    column = lambda name, number: [numbers[number] for _, numbers in curves[name]]
-    anchors = {"WebP": (column("WebP", "bpp"), column("WebP", "psnr"))}
+    # (bits, quality) of each curve; less distance is more quality, and equal ratios of it count the same, as equal steps of PSNR do.
+    by_psnr, by_fd = {}, {}
+    for name, points in curves.items():
+        bpp, psnr = ([numbers[key] for _, numbers in points] for key in ("bpp", "psnr"))
+        by_psnr[name] = bpp, psnr
+        if "fd" in points[0][1]:
+            by_fd[name] = bpp, [-np.log(numbers["fd"]) for _, numbers in points]
     if kodak:
-        anchors["bmshj2018-factorized"] = tuple(zip(*codecs.PUBLISHED["bmshj2018-factorized"][1]))
-    summary = {}
-    for ours in ("autoencoder", "refined"):
-        for name, anchor in anchors.items() if ours in curves else ():
+        by_psnr |= {name: tuple(zip(*points)) for name, (_, points) in codecs.PUBLISHED.items()}
+
+    def differences(ours, qualities):
+        """The BD rate of the curve `ours` against every other one, in per cent of its bits; None where they have no quality in common."""
+        found = {}
+        for name, curve in qualities.items():
             try:
-                bd = round(metrics.bd_rate(*anchor, column(ours, "bpp"), column(ours, "psnr")), 2)
-            except ValueError:              # no PSNR in common
-                bd = None
-            summary.setdefault(f"bd_rate_of_{ours}_percent", {})[name] = bd
+                found[name] = round(metrics.bd_rate(*curve, *qualities[ours]), 1)
+            except ValueError:
+                found[name] = None
+        return {name: bd for name, bd in found.items() if name != ours}
+    summary = {"bits_at_equal_psnr_percent": {ours: differences(ours, by_psnr) for ours in OURS if ours in by_psnr},
+               "bits_at_equal_fd_percent": {ours: differences(ours, by_fd) for ours in OURS if ours in by_fd}}
     if "HFD" in curves:
         pairs = list(zip(curves["autoencoder"], curves["HFD"]))
         summary["psnr_drop_db"] = {level: round(a["psnr"] - b["psnr"], 3) for (level, a), (_, b) in pairs}
@@ -112,9 +124,10 @@ def report(curves, summary):
             encoding = sum(seconds for part, seconds in n["seconds"].items() if part.endswith("encoder"))
             decoding = sum(n["seconds"].values()) - encoding
             print(f"{name:12} {setting:7} {n['bpp']:7.4f} {n['psnr']:6.2f} {fd:>26} {encoding:11.3f} {decoding:9.3f}")
-    for ours in ("autoencoder", "refined"):
-        for name, bd in summary.get(f"bd_rate_of_{ours}_percent", {}).items():
-            print(f"BD rate, {ours}, against {name}: " + ("no PSNR in common" if bd is None else f"{bd:+.1f} %"))
+    for what in ("psnr", "fd"):
+        for ours, found in summary[f"bits_at_equal_{what}_percent"].items():
+            print(f"bits of {ours} at equal {'PSNR' if what == 'psnr' else 'Frechet distance'}: " + ", ".join(
+                f"{name} " + ("-" if bd is None else f"{bd:+.1f} %") for name, bd in found.items()))
     if "HFD" not in curves:
         return print("note: this checkpoint has no diffusion model yet, so there is no curve of HFD")
     for level, ratio in summary.get("fd_ratio", {}).items():

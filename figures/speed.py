@@ -49,7 +49,7 @@ def convolution_seconds(model, compute, autocast):
     return sum(min(timed(both_passes, *call)[1] for _ in range(3)) for call in calls)
 
 
-def measure(count, args, stage, model, batch_loss, groups, checkpoint, photos, resumed):
+def measure(count, args, model, batch_loss, groups, checkpoint, photos, resumed):
     """Takes what train.fit is given, and measures `count` steps of it instead of training. Returns numbers by name."""
     device = hfd.pick_device(args.device)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=hfd.fast_bf16(device))
@@ -69,12 +69,12 @@ def measure(count, args, stage, model, batch_loss, groups, checkpoint, photos, r
 
     args.pause_at = count + 2                               # the first step warms up
     with contextlib.redirect_stdout(io.StringIO()), mock.patch("hfd.write_atomically"):
-        FIT(args, stage, model, marked, groups, checkpoint, photos, resumed)
+        FIT(args, model, marked, groups, checkpoint, photos, resumed)
     step = float(np.median(np.diff(starts)[1:]))
     with FlopCounterMode(display=False) as counter:
         compute()
     operations, convolutions, best = counter.get_total_flops(), convolution_seconds(model, compute, autocast), matrix_rate(device)
-    print(f"{stage:12} {args.batch / step:7.1f} images/s of {args.crop} px   step / its convolutions {step / convolutions:.2f}   "
+    print(f"{args.stage:12} {args.batch / step:7.1f} images/s of {args.crop} px   step / its convolutions {step / convolutions:.2f}   "
           f"{operations / step / 1e9:.0f} of {best / 1e9:.0f} GFLOP/s = {100 * operations / step / best:.0f} %")
     return {"images_per_second": args.batch / step, "batch": args.batch, "crop": args.crop, "seconds_per_step": step,
             "seconds_of_convolutions": convolutions, "step_over_convolutions": step / convolutions,
@@ -87,7 +87,7 @@ FIT = train.fit
 def main(argv=None):
     """Both stages, on dead leaves, which cost as much as photographs once they are in memory."""
     parser = argparse.ArgumentParser(prog="python -m figures.speed", description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=sample.Help)
     parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint whose autoencoder stage 2 uses")
     parser.add_argument("--out", metavar="DIR", default="runs/figures", help="folder for speed.json")
     parser.add_argument("--count", type=int, default=20, help="steps to time")

@@ -205,7 +205,7 @@ def test_rate_distortion_from_flags_to_files(realism, folder, tiny_model, monkey
     assert results["about"]["flags"]["seed"] == 0 and results["about"]["hardware"] and results["minutes"] >= 0
     assert str(folder) not in text                      # folders are the reader's own business
     assert set(points["level 1"]["variants"]) == {"autoencoder", "HFD"}
-    assert set(points["refined 2, level 1"]["variants"]) == {"refined"} and "WebP" in results["summary"]["bd_rate_of_refined_percent"]
+    assert set(points["refined 2, level 1"]["variants"]) == {"refined"} and "WebP" in results["summary"]["bits_at_equal_psnr_percent"]["refined"]
     both = points["level 1"]["variants"]
     assert both["HFD"]["bpp"] == both["autoencoder"]["bpp"] == pytest.approx(np.mean(both["HFD"]["bpp_each"]))
     assert "diffusion" in both["HFD"]["seconds"] and "diffusion" not in both["autoencoder"]["seconds"]
@@ -411,5 +411,5 @@ def test_exercises_have_answers(tiny_model, capsys):
     """The answers' numbers come out of one command, in order; exact context changes no pixel."""
     exercises.main(["--quick", "--model", tiny_model])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(".")[0] for line in lines] == list("11123444777756666") + ["8", "10", "10", "10"]
+    assert [line.split(".")[0] for line in lines] == list("11123444777756666") + ["8", "10", "10", "10", "10"]
     assert "worst pixel 0 / 255" in lines[2] and entropy.PRECISION == 24

@@ -80,7 +80,7 @@ def test_every_link_in_the_readme_leads_somewhere():
 
 
 def test_numbers_in_the_readme_come_from_the_results(shipped):
-    """The README's table of results repeats figures/rate_distortion.json to the digit, and speaks of the model that ships."""
+    """The README's tables of results repeat figures/rate_distortion.json to the digit, and speak of the model that ships."""
     results = json.loads((ROOT / "figures" / "rate_distortion.json").read_text())
     weights = hfd.fingerprint(shipped.autoencoder.state_dict(), shipped.diffusion.state_dict()).hex()[:16]
     for path in (ROOT / "figures").glob("*.json"):
@@ -95,6 +95,12 @@ def test_numbers_in_the_readme_come_from_the_results(shipped):
         a, h = (results["points"][f"level {level}"]["variants"][name] for name in ("autoencoder", "HFD"))
         assert (bpp, psnr_a, psnr_h) == (f"{a['bpp']:.3f}", f"{a['psnr']:.2f}", f"{h['psnr']:.2f}")
         assert (fd_a, fd_h) == (f"{a['fd']:.1f}", f"{h['fd']:.1f}")
+    others = [name.strip().replace("BPG", "BPG 4:4:4") for name in re.search(r"^\| ours \|(.*)\|$", README, re.M)[1].split("|")]
+    rows = re.findall(r"^\| (autoencoder|HFD), equal (PSNR|FD) \|(.*)\|$", README, re.M)
+    assert len(rows) == 4
+    for ours, quality, cells in rows:
+        differences = {other: f"{bd:+.1f}" for other, bd in results["summary"][f"bits_at_equal_{quality.lower()}_percent"][ours].items() if other in others}
+        assert dict(zip(others, map(str.strip, cells.split("|")))) == {other: differences.get(other, "") for other in others}
 
 
 def test_demo(tmp_path):
