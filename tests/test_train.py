@@ -252,6 +252,14 @@ def test_another_autoencoder_is_told(small_networks, folder, tmp_path, capsys):
     assert hfd.load_model(out).identity == hfd.load_model(second).identity
 
 
+@pytest.mark.parametrize("words", ("autoencoder --lr nan", "autoencoder --lr -1", "autoencoder --crop 100", "autoencoder --steps 0", "diffusion --eta inf"))
+def test_settings_without_sense_are_refused(words, tmp_path):
+    """A setting that no training could have is refused in one line, before anything is read or written."""
+    with pytest.raises(hfd.HFDError, match="must be"):
+        train.main([*words.split(), "--out", str(tmp_path / "model.pt")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_stage_cannot_resume(small_networks, folder, tmp_path):
     """--resume refuses a checkpoint of the other stage, and one that holds no training state."""
     out = str(tmp_path / "ae.pt")
