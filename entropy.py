@@ -501,7 +501,7 @@ def _walk(k, shape, tables, q, silent, symbols):
             sum_of_sizes = total[cells] + near[n, m] * sizes(others, m).sum(0) * share // 12    # (n,)
             eighths = (others.sum(0) * share * shift[n, m] * SHIFTS + 6 * UNIT) // (12 * UNIT)  # (n,) mu in eighths, rounded
             whole = (eighths + SHIFTS // 2) // SHIFTS                                           # (n,)
-            t = _table_of(usual[cells] + wider(sum_of_sizes), eighths - SHIFTS * whole)        # (n,)
+            t = _table_of(usual[cells] + wider(sum_of_sizes), eighths - SHIFTS * whole)         # (n,)
             values[cells] = whole + symbols(t, values[cells] - whole)
         channel[:] = values[:-1]
         known[len(heard)] = sizes(channel, m)

@@ -83,7 +83,7 @@ def bits(image, model):
     bytes_after = size(model.tables, rounded)
 
     def at_equal_bytes(number):
-        """number(k, q) after rounding towards zero over what it is, between two levels, in as many bytes without that, from level 2 on."""
+        """number(k, q) after rounding towards zero, over what plain rounding has in as many bytes, which is between two levels: from level 2 on."""
         usual, after = (np.log([number(k, q) for q, k in enumerate(some)]) for some in (latents, rounded))
         return np.exp(after - np.interp(np.log(bytes_after), np.log(bytes_before), usual))[1:]
 

@@ -93,17 +93,16 @@ def summarise(curves, kodak):
     if kodak:
         by_psnr |= {name: tuple(zip(*points)) for name, (_, points) in codecs.PUBLISHED.items()}
 
-    def differences(ours, qualities):
-        """The BD rate of the curve `ours` against every other one, in per cent of its bits; None where they have no quality in common."""
-        found = {}
-        for name, curve in qualities.items():
-            try:
-                found[name] = round(metrics.bd_rate(*curve, *qualities[ours]), 1)
-            except ValueError:
-                found[name] = None
-        return {name: bd for name, bd in found.items() if name != ours}
-    summary = {"bits_at_equal_psnr_percent": {ours: differences(ours, by_psnr) for ours in OURS if ours in by_psnr},
-               "bits_at_equal_fd_percent": {ours: differences(ours, by_fd) for ours in OURS if ours in by_fd}}
+    def difference(curve, other):
+        """The BD rate of a curve against another one, in per cent of its bits; None where they have no quality in common."""
+        try:
+            return round(metrics.bd_rate(*other, *curve), 1)
+        except ValueError:
+            return None
+
+    of_ours = lambda curves: {ours: {name: difference(curves[ours], other) for name, other in curves.items() if name != ours}
+                              for ours in OURS if ours in curves}
+    summary = {"bits_at_equal_psnr_percent": of_ours(by_psnr), "bits_at_equal_fd_percent": of_ours(by_fd)}
     if "HFD" in curves:
         pairs = list(zip(curves["autoencoder"], curves["HFD"]))
         summary["psnr_drop_db"] = {level: round(a["psnr"] - b["psnr"], 3) for (level, a), (_, b) in pairs}
