@@ -209,7 +209,8 @@ class Tables:
         low, size, start, cdf = (t.numpy().astype(np.int64) for t in (self.low, self.size, self.start, self.cdf))
         if not (low.shape == size.shape == start.shape == (WIDTHS * SHIFTS,) and cdf.ndim == 1):
             raise ValueError("probability tables have the wrong shape")
-        if (size < 2).any() or (low > 0).any() or (low + size - 2 < 0).any() or (low < -MAX_SYMBOL).any() or (low + size - 2 > MAX_SYMBOL).any():
+        high = low + size - 2                               # the largest symbol that has an entry
+        if ((size < 2) | (low > 0) | (high < 0) | (low < -MAX_SYMBOL) | (high > MAX_SYMBOL)).any():
             raise ValueError("a probability table does not hold the symbol 0 and the escape, or too much")
         ends = start + size + 1
         if start[0] != 0 or (start[1:] != ends[:-1]).any() or ends[-1] != len(cdf):
@@ -242,7 +243,7 @@ def freeze(prior, steps):
     Every symbol with a probability of at least 2^-22 gets an entry of its own (up to +-1023), the rest shares the escape.
     """
     k = torch.arange(-MAX_SYMBOL, MAX_SYMBOL + 1, dtype=torch.float64)                          # (K,)
-    prior = copy.deepcopy(prior).double().cpu()
+    prior = copy.deepcopy(prior).cpu().double()
     low, size, cdf = [], [], []
     for width in range(FINEST, FINEST + WIDTHS):
         for shift in range(-SHIFTS // 2, SHIFTS // 2):
@@ -260,7 +261,7 @@ def freeze(prior, steps):
             cdf.append(np.concatenate([[0], counts.cumsum()]))
     start = np.cumsum([0] + [len(c) for c in cdf[:-1]])
     whole = lambda values, unit, dtype: (values * unit).round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
-    octaves = (prior.octaves + prior.by_level - steps.detach().double().cpu().log2()).clamp(*LIMITS)    # (Q, M)
+    octaves = (prior.octaves + prior.by_level - steps.detach().cpu().double().log2()).clamp(*LIMITS)    # (Q, M)
     low, size, start, cdf = (torch.tensor(np.array(a), dtype=torch.int32) for a in (low, size, start, np.concatenate(cdf)))
     near, across, window = (whole(w.abs(), WEIGHT, torch.int16) for w in (prior.near, prior.across.tril(-1), prior.window.tril(-1)))
     return Tables(low=low, size=size, start=start, cdf=cdf, octaves=whole(octaves, OCTAVE, torch.int32),

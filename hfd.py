@@ -222,19 +222,19 @@ class Autoencoder(nn.Module):
         return self.bpp(for_rate, for_decoder, x, q), (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2
 
     def refine(self, x, q, steps, on_step=lambda step: None):
-        """Better latents for these very pictures, in units of steps, (B, M, h, w). The decoder need not know.
+        """Better latents for these very pictures, in units of steps, (B, M, h, w); with 0 steps the encoder's own. The decoder need not know.
 
         The encoder is a compromise over all that it was trained on; descending the gradient of a picture's own rate + lambda * MSE finds
         bits that it left lying (Campos et al. 2019). The difficulty is rounding. Stochastic Gumbel annealing (Yang, Bamler & Mandt 2020) draws
         each value to the integer below or the one above, softly at first and harder and harder, near ones more often: what is
-        learned early survives the rounding at the end. The draws are seeded, so the same picture gives the same bytes."""
+        learned early survives the rounding at the end. The draws are seeded, so on a CPU the same picture gives the same bytes."""
         u = (self.analysis(x, q) / self.step(q)).requires_grad_()                               # (B, M, h, w)
         optimizer = torch.optim.Adam([u], lr=0.01)
         lambdas = torch.tensor(self.config.lambdas, device=x.device)
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.enable_grad():
             torch.manual_seed(0)
             for i in range(steps):
-                # The odds of either neighbour: exp(-atanh(distance to it) / temperature), which falls from 0.5 to 0.025.
+                # The odds of either neighbour: exp(-atanh(distance to it) / temperature). The temperature falls from 0.5 to 0.025.
                 temperature = 0.5 * math.exp(-3 * i / steps)
                 down = (u - u.floor()).clamp(1e-4, 1 - 1e-4)                                    # (B, M, h, w), in (0, 1)
                 logits = torch.stack([-torch.atanh(down), -torch.atanh(1 - down)]) / temperature        # (2, B, M, h, w)
@@ -255,14 +255,10 @@ class Autoencoder(nn.Module):
         pass a cell is coded; this may cost a few bits, but nothing goes wrong, for the decoder sees one latent.
         on_step is told how many of these steps are done."""
         u = x.new_empty(1, self.config.latents, x.shape[-2] // CELL, x.shape[-1] // CELL)
-        level = torch.tensor([q], device=x.device)
-        if refine:
-            side, done = 512, itertools.count(1)            # steps done, of all tiles together
-            tiles = math.prod(math.ceil(s / side) for s in x.shape[-2:])
-            report = lambda step: on_step(next(done) / tiles)
-            apply_tiled(lambda window: self.refine(window, level, refine, report), [x], u, side, 64)
-        else:
-            apply_tiled(lambda window: self.analysis(window, level) / self.step(level), [x], u)
+        level, tile, context = torch.tensor([q], device=x.device), *((512, 64) if refine else (1024, 160))
+        done, tiles = itertools.count(1), math.prod(math.ceil(s / tile) for s in x.shape[-2:])
+        report = lambda step: on_step(next(done) / tiles)   # steps done, of all tiles together
+        apply_tiled(lambda window: self.refine(window, level, refine, report), [x], u, tile, context)
         return u.round().int()
 
     @torch.no_grad()
@@ -329,7 +325,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x):
         """x: (B, C, h, w). Returns its shape, each pixel with mean square 1 over its channels."""
-        return x * (x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt()                        # (B, C, h, w)
+        return x * (x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt().to(x.dtype)            # (B, C, h, w)
 
 
 class UNetBlock(nn.Module):
@@ -374,7 +370,7 @@ class UNet(nn.Module):
     def forward(self, x, log_snr, q):
         """x: (B, inputs, h, w), sides multiples of 4; log_snr: (B,); q: (B,) levels. Returns (B, outputs, h, w)."""
         # Sines and cosines of log_snr, from slow to fast, let a small network tell nearby noise levels apart (Vaswani et al. 2017).
-        angles = log_snr[:, None] * torch.logspace(-1.5, 0.5, 32, device=x.device)              # (B, 32)
+        angles = log_snr[:, None] * torch.logspace(-1.5, 0.5, 32).to(x.device)                  # (B, 32)
         c = F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.level(q))  # (B, conditioning)
         h, shortcuts = self.stem(x.contiguous(memory_format=torch.channels_last)), []           # (B, C0, h, w)
         for i, stack in enumerate(self.down):
@@ -640,11 +636,8 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
 
     def predict_x(z, log_snr, chosen=lambda row, column: True):
         """The denoiser on the whole canvas (1, 3, H, W), patch by patch, or on the chosen patches."""
-        log_snr = log_snr.to(x_hat.dtype).to(device)                                            # ()
-
-        def denoise(z, x_hat, energy=None):
-            """The denoiser on a batch of windows, (B, 3, ., .)."""
-            return diffusion.predict_x(z, x_hat, log_snr.expand(len(z)), level.expand(len(z)), energy)
+        log_snr = log_snr.to(x_hat.dtype).to(device)[None]                                      # (1,), the same for all windows
+        denoise = lambda z, x_hat, energy=None: diffusion.predict_x(z, x_hat, log_snr, level, energy)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             return apply_tiled(denoise, [z, *given], canvas, patch, context, chosen, batch)
 
@@ -682,15 +675,16 @@ def run(main):
     except (HFDError, OSError) as error:
         sys.exit(printable(f"error: {error}"))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(said in str(error) for said in ("out of memory", "allocate memory")):
+        if isinstance(error, RuntimeError) and not any(said in str(error) for said in ("out of memory", "allocate memory", "ALLOC_FAILED")):
             raise
-        sys.exit("error: the memory is full. Ask for less at once (--batch, --patch, --crop); if it is a GPU's, take --device cpu")
+        sys.exit("error: the memory is full. Ask for less at once (--batch, --patch, --crop, --megapixels); if it is a GPU's, take --device cpu")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def write_atomically(path, write):
-    """Call write(f) on a temporary file beside `path`, then rename it: `path` is always complete, old or new."""
+    """Call write(f) on a temporary file beside `path`, then rename it: `path` is always complete, old or new. HFDError if the system
+    refuses."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -698,6 +692,11 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # where the disk is full, torch.save fails once more, over its own end
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno:      # the system's own, not Pillow's
+            raise HFDError(f"{path}: cannot be written ({cause.strerror}); make room, or name another place") from None
+        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -866,10 +865,12 @@ def clock(device):
 
 
 def fast_bf16(device):
-    """Whether bfloat16 is worth it: on GPUs of the last years, and on CPUs with instructions for it."""
+    """Whether bfloat16 is worth it: on GPUs of the last years, and on CPUs that are faster in it than in float32. AMD's with AVX-512 are;
+    Intel's without AMX take almost twice as long. (With AMX they should be faster; that was not measured.)"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(cpu_capabilities().get("avx512_bf16"))
+    known = cpu_capabilities() if device.type == "cpu" else {}
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16") and "AMD" in known.get("cpu_name", ""))
 
 
 def cpu_capabilities():
@@ -894,5 +895,5 @@ def peak_memory(device):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
     text = f"peak memory {peak:.2f} GiB"
     if device.type == "cuda":
-        text += f", on the GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+        text += f", on the GPU {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB"
     return text

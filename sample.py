@@ -97,7 +97,7 @@ def save_picture(image, path):
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     try:
         hfd.write_atomically(path, lambda f: image.save(f, kind))
-    except (ValueError, KeyError) as error:             # what Pillow raises for a format that holds no RGB, beside OSError
+    except (ValueError, KeyError, OSError) as error:    # what Pillow raises for a format that holds no RGB
         raise HFDError(f"{path}: cannot be written ({error}); try .png") from None
 
 
@@ -233,7 +233,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
     k, energy = decode_latent(header, model, name)
     clock.append(hfd.clock(device))
     x_hat = model.autoencoder.decode(k, q)
-    del k                                                   # 10 bytes a pixel, which the sampler needs
+    del k                                                   # frees 10 bytes a pixel before the sampler starts
     clock.append(hfd.clock(device))
     if rho > 0:
         seed = header["seed"] if seed is None else seed

@@ -275,18 +275,23 @@ def train_diffusion(args, resumed=None):
     torch.manual_seed(args.seed)
     base = hfd.load_model(args.autoencoder, device)
     autoencoder = base.autoencoder
-    photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels, args.seed)
     levels = len(autoencoder.config.lambdas)
     config = hfd.DiffusionConfig(levels=levels, eta=args.eta, preconditioned=not args.plain, objective=args.objective)
-    if resumed:     # what it was, whatever the defaults are now; only the schedule may change
-        known = resumed.diffusion.config
-        if (known.levels, known.preconditioned) != (config.levels, config.preconditioned):
-            raise HFDError(f"{args.out}: was trained {'with' if known.preconditioned else 'without'} the closed-form start and for "
-                           f"{known.levels} levels; --resume cannot change that")
-        config = replace(known, eta=args.eta, objective=args.objective)
-        if hfd.fingerprint(resumed.autoencoder.state_dict()) != hfd.fingerprint(autoencoder.state_dict()):
+    known = resumed or (base if args.finetune else None)
+    if known and not known.diffusion:
+        raise HFDError(f"{args.autoencoder}: has no denoiser to --finetune")
+    if known:       # what it was, whatever the defaults are now; only the schedule may change
+        old = known.diffusion.config
+        if (old.levels, old.preconditioned) != (config.levels, config.preconditioned):
+            raise HFDError(f"{args.out if resumed else args.autoencoder}: was trained {'with' if old.preconditioned else 'without'} the "
+                           f"closed-form start and for {old.levels} levels; {'--resume' if resumed else '--finetune'} cannot change that")
+        config = replace(old, eta=args.eta, objective=args.objective)
+        if resumed and hfd.fingerprint(resumed.autoencoder.state_dict()) != hfd.fingerprint(autoencoder.state_dict()):
             print(f"note: {args.autoencoder} is not the autoencoder of {args.out}; the residual's spread stays what it was there")
+    photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels, args.seed)
     model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
+    if known:
+        model.load_state_dict(known.diffusion.state_dict())
 
     @torch.no_grad()
     def pairs(x, q):
@@ -296,13 +301,11 @@ def train_diffusion(args, resumed=None):
         x_hat = autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)             # (B, 3, ., .)
         return (t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat))
 
-    if not resumed:     # how far x is from x_hat, level by level, on the same crops: the closed form starts from that
+    if not known:       # how far x is from x_hat, level by level, on the same crops: the closed form starts from that
         crops = photos.crops(256, args.crop + 2 * MARGIN)                                       # (256, 3, ., .)
         for level in range(levels):
-            squares = []
-            for part in crops.split(16):
-                x, x_hat = pairs(part, torch.full((16,), level, device=device))                 # (16, 3, crop, crop)
-                squares.append(hfd.to_planes(x - x_hat).square().mean(dim=(0, 2, 3)))           # (12,)
+            q = torch.full((16,), level, device=device)
+            squares = [hfd.to_planes(torch.sub(*pairs(part, q))).square().mean(dim=(0, 2, 3)) for part in crops.split(16)]      # (12,) each
             model.residual_std[level] = torch.stack(squares).mean(dim=0).sqrt()
 
     def batch_loss(model, size, batch):
@@ -313,7 +316,7 @@ def train_diffusion(args, resumed=None):
 
     def checkpoint(ema, recipe):
         """Averaged weights, beside the autoencoder and tables that they belong to."""
-        return hfd.pack(autoencoder, base.tables, ema, lineage(base, "diffusion", recipe))
+        return hfd.pack(autoencoder, base.tables, ema, lineage(base, "finetuning" if args.finetune else "diffusion", recipe))
 
     fit(args, model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos, resumed)
 
@@ -375,6 +378,8 @@ def command_line():
     ae.add_argument("--prior-of", metavar="FILE", help="learn only a new prior, for the autoencoder in this checkpoint: the same pictures in "
                     "smaller files (files of the old one can then not be read)")
     diffusion.add_argument("--autoencoder", metavar="FILE", default="runs/autoencoder.pt", help="checkpoint of stage 1")
+    diffusion.add_argument("--finetune", action="store_true", help="start from the denoiser that --autoencoder's checkpoint has, on "
+                           "pictures of your own or with another --objective")
     diffusion.add_argument("--eta", type=float, default=0.1, help="shift of the noise schedule; 1 is cosine, the paper has 0.5")
     diffusion.add_argument("--objective", choices=sorted(hfd.SCHEDULES), default="v", help="v: diffusion; flow: rectified flow")
     diffusion.add_argument("--plain", action="store_true", help="plain v-prediction, without the closed-form start")
@@ -417,6 +422,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.stage == "export":
         return export(args)
+    if getattr(args, "finetune", False) and not args.resume:    # what the denoiser was trained with becomes the default
+        if denoiser := hfd.load_model(args.autoencoder).diffusion:
+            stages["diffusion"].set_defaults(eta=denoiser.config.eta, objective=denoiser.config.objective, plain=not denoiser.config.preconditioned)
+            args = parser.parse_args(argv)
     checked(args)
     if os.path.exists(args.out) != args.resume:
         raise HFDError(f"{args.out}: " + ("no such checkpoint, so there is nothing to --resume" if args.resume else
@@ -437,15 +446,17 @@ def main(argv=None):
                 raise ValueError("its settings cannot be read")
             stages[args.stage].set_defaults(**settings)
             args = checked(parser.parse_args(argv))
-            if getattr(args, "prior_of", None) != settings.get("prior_of"):
-                raise HFDError(f"{args.out}: was trained " + (f"with --prior-of {settings['prior_of']}" if settings.get("prior_of") else
-                               "without --prior-of") + "; --resume cannot change that")
+            for flag in ("prior_of", "finetune"):
+                if (was := settings.get(flag)) != getattr(args, flag, None):
+                    raise HFDError(f"{args.out}: was trained {'with' if was else 'without'} --{flag.replace('_', '-')}; --resume cannot change that")
     if (line := "python train.py " + shlex.join(argv)) not in commands:
         commands.append(line)
     args.commands = commands
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        cuda = hfd.pick_device(args.device).type == "cuda"
-        if cuda:
+        cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
+        if cuda:            # each its own, before anything else is put on the first one
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise HFDError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs here; start as many processes, or take --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
     {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage](args, resumed)

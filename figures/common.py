@@ -27,26 +27,33 @@ from hfd import HFDError
 matplotlib.use("Agg")       # draw into files, whether there is a screen or not
 
 
-def pictures(folder=None, quick=False, count=None):
+def pictures(folder=None, count=None, middle=None):
     """[(name, PIL RGB image)]: the pictures in a folder and those below it, by name, or if None what is at hand: the portrait
-    that ships with matplotlib and three dead leaves pictures. quick: at most two, and at most 256 x 256 pixels of each. count: take
-    only so many, evenly spread.
+    that ships with matplotlib and three dead leaves pictures. count: take only so many, evenly spread. middle: of
+    each only the square of that side around its centre.
     HFDError if there are none, or if one cannot be read: a mean over those that can would compare with nothing."""
+    pick = lambda items: [items[n * len(items) // count] for n in range(count)] if count and count < len(items) else items
     if folder is None:
         from matplotlib.cbook import get_sample_data
         with get_sample_data("grace_hopper.jpg") as f:
             found = [("grace_hopper", sample.open_picture(f)[0])]
         rng = np.random.default_rng(20230518)   # not a seed of train.py's: these pictures must not be among those it draws
-        found += [(f"dead_leaves_{i}", Image.fromarray(train.dead_leaves(256, rng))) for i in (1, 2, 3)]
+        found = pick(found + [(f"dead_leaves_{i}", Image.fromarray(train.dead_leaves(256, rng))) for i in (1, 2, 3)])
     else:
         paths = train.picture_files(folder)
         if not paths:
             raise HFDError(f"{folder}: no pictures found in it. Give --images a folder of pictures, or leave it out")
-        count = min(2 if quick else max(count or len(paths), 1), len(paths))
-        found = [(p.stem, sample.open_picture(p)[0]) for p in (paths[n * len(paths) // count] for n in range(count))]
-    if quick:
-        found = [(name, image.crop((0, 0, min(image.width, 256), min(image.height, 256)))) for name, image in found[:2]]
+        found = [(p.stem, sample.open_picture(p)[0]) for p in pick(paths)]
+    if middle:
+        found = [(name, around_centre(image, middle)) for name, image in found]
     return found
+
+
+def around_centre(image, side):
+    """The middle of a PIL picture, at most side x side pixels."""
+    w, h = min(image.width, side), min(image.height, side)
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h))
 
 
 def detail(image, box):
@@ -82,19 +89,20 @@ class Run:
     numbers hold.
 
     argv: None for the command line's. defaults: of those of FLAGS that the script takes. add_flags(parser): adds flags that no other
-    script has. HFDError for what a user can mend."""
+    script has. needs_diffusion: whether a checkpoint of stage 1 alone is refused. HFDError for what a user can mend."""
 
-    def __init__(self, name, description, argv=None, add_flags=lambda parser: None, **defaults):
+    def __init__(self, name, description, argv=None, add_flags=lambda parser: None, needs_diffusion=True, **defaults):
         parser = argparse.ArgumentParser(prog=f"python -m figures.{name}", description=description.split("\n")[0],
                                          formatter_class=sample.Help)
         parser.add_argument("--images", metavar="DIR", help="folder of pictures to measure on; without it: a portrait and dead leaves")
-        parser.add_argument("--pictures", type=int, metavar="N", help="of that folder only so many pictures, evenly spread")
+        parser.add_argument("--pictures", type=int, metavar="N", help="only so many of them, evenly spread")
+        parser.add_argument("--middle", type=int, metavar="SIDE", help="only the middle of each, a square of so many pixels a side")
         parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint")
         parser.add_argument("--out", metavar="DIR", default="runs/figures", help="folder for its .png and .json")
         parser.add_argument("--name", default=name, help="what those two are called, without their endings")
-        parser.add_argument("--quick", action="store_true", help="two small pictures and fewer points: does it work?")
+        parser.add_argument("--quick", action="store_true", help="the middle of two pictures, and fewer points: does it work?")
         parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run of this command has measured")
-        parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+        parser.add_argument("--seed", type=sample.seed_number, default=0, help="seed of everything random")
         parser.add_argument("--inception", metavar="FILE", help="inception-2015-12-05.pt: FID/256 instead of FD-EfficientNet")
         parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
         for flag, default in defaults.items():
@@ -102,11 +110,20 @@ class Run:
         add_flags(parser)
         argv = sys.argv[1:] if argv is None else argv
         self.args, self.begin = parser.parse_args(argv), time.time()
+        if any((value := getattr(self.args, flag, None)) is not None and value < 1 for flag in ("pictures", "middle", "steps")):
+            raise HFDError("--pictures, --middle and --steps must be at least 1")
+        if self.args.quick:
+            self.args.pictures, self.args.middle = 2, 256
         self.name = self.args.name
         self.device = hfd.pick_device(self.args.device)
         self.model = hfd.load_model(self.args.model, self.device)
-        self.names, self.images = zip(*pictures(self.args.images, self.args.quick, self.args.pictures))
-        self.kodak = len(self.names) == 24 and all(n.startswith("kodim") for n in self.names)
+        if needs_diffusion:
+            sample.need_diffusion(self.model)
+        levels, last = getattr(self.args, "levels", [getattr(self.args, "level", 1)]), len(self.model.autoencoder.config.lambdas)
+        if not all(1 <= level <= last for level in levels):
+            raise HFDError(f"{self.args.model}: has quality levels 1 to {last}, and no others")
+        self.names, self.images = zip(*pictures(self.args.images, self.args.pictures, self.args.middle))
+        self.kodak = len(self.names) == 24 and all(n.startswith("kodim") and {*image.size} == {512, 768} for n, image in zip(self.names, self.images))
         self.feature_name = self.features = None
         if self.args.inception:
             self.feature_name, self.features = metrics.inception(self.args.inception, self.device)
@@ -121,7 +138,7 @@ class Run:
         # What the numbers depend on. An earlier run's points are taken over only if all of this was the same. Folders are the
         # reader's own business: no path is kept but for its last part.
         digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
-        files = ("images", "pictures", "model", "out", "name", "fresh", "inception", "device")
+        files = ("images", "pictures", "middle", "model", "out", "name", "fresh", "inception", "device")
         keyed = ("levels", "refine", "most", "megapixels", "flow", "retrained")     # these choose points, and each point's key says so
         last = lambda word: [last(w) for w in word] if isinstance(word, list) else Path(word).name if isinstance(word, str) else word
         self.about = {

@@ -58,8 +58,7 @@ def main(argv=None):
             panel, ends = panels.pop(0), []
             panel.axvline(std[level], color=common.GREY, linestyle=":", linewidth=1)
             panel.annotate("the residual's\nstandard deviation", (std[level], 0.98), (3, 0), xycoords=("data", "axes fraction"),
-                           textcoords="offset points", fontsize=7, color=common.GREY, va="top",
-                           bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+                           textcoords="offset points", fontsize=7, color=common.GREY, va="top", zorder=1)
             if number == "fd":
                 ends.append((ETAS[-1], run.blurry(level)["fd"], "autoencoder", common.GREY))
                 panel.axhline(ends[-1][1], color=common.GREY, linewidth=0.7)

@@ -107,9 +107,9 @@ def main(argv=None):
     """Print them all."""
     parser = argparse.ArgumentParser(prog="python -m figures.exercises", description=__doc__.split("\n")[0])
     parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint")
-    parser.add_argument("--quick", action="store_true", help="on a corner of the portrait")
+    parser.add_argument("--quick", action="store_true", help="on the middle of the portrait")
     args = parser.parse_args(argv)
-    model, (_, image) = hfd.load_model(args.model), common.pictures(quick=args.quick)[0]
+    model, (_, image) = hfd.load_model(args.model), common.pictures(middle=256 if args.quick else None)[0]
     knobs(image, model)
     bits(image, model)
 

@@ -121,7 +121,7 @@ def in_batches(network, x, device):
     """network(uint8 patches) -> (n, D), 32 patches at a time. x: (N, 3, size, size). Returns a float64 array (N, D)."""
     if not len(x):
         raise HFDError(f"the Frechet distance is measured on patches of {x.shape[-1]} pixels, and one of the pictures is smaller")
-    return torch.cat([network(part.to(device)).double().cpu() for part in x.split(32)]).numpy()
+    return torch.cat([network(part.to(device)).cpu().double() for part in x.split(32)]).numpy()
 
 
 def efficientnet(device):

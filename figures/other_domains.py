@@ -62,8 +62,7 @@ def main(argv=None):
         print(f"{name:12} against WebP {say(numbers['bd_rate_percent'], '% bits')} at equal PSNR, {say(numbers['bd_psnr_db'], 'dB')} at equal bits; "
               f"sampling changes PSNR by {numbers['psnr_change_by_sampling_db'][run.args.level - 1]:+.2f} dB")
         data, _ = sample.compress(image, run.model, run.args.level)
-        side, left, top = 128, image.width // 2 - 64, image.height // 2 - 64
-        detail = lambda picture: picture.crop((left, top, left + side, top + side)).resize((2 * side, 2 * side), Image.NEAREST)
+        detail = lambda picture: common.around_centre(picture, 128).resize((256, 256), Image.NEAREST)
         jpeg = codecs.decode(sample.largest_within(len(data), image, optimize=True)[0])
         rows.append((name, [detail(p) for p in (image, jpeg, sample.decompress(data, run.model, rho=0)[0], sample.decompress(data, run.model)[0])]))
     cell, font = 256 + 4, ImageFont.load_default(28)

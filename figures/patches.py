@@ -102,7 +102,7 @@ def main(argv=None):
     panels[0].set_yscale("symlog", linthresh=0.1)
     panels[0].set(title="Against the whole: worst pixel,\nand mean at patch borders", ylabel="difference (1/255)", ylim=(0, None))
     panels[1].axhline(jumps[0][1], color=common.GREY)
-    panels[1].set(title="Jump across patch borders\n(1: none)", ylabel="ratio to elsewhere")
+    panels[1].set(title="Jump across patch borders\n(grey: what was never cut)", ylabel="ratio to elsewhere")
     for panel in panels[:2]:
         panel.set(xlabel="context (pixels)", xticks=CONTEXTS)
     for panel, (title, name) in zip(panels[2:4], (("no context: seams", "together, context 0"), ("the cure: context 64", "together, context 64"))):

@@ -21,36 +21,26 @@ def idempotence(model, k, decoded, level):
     return {"symbols_back": same.float().mean().item(), "nonzero_symbols_back": same[k != 0].float().mean().nan_to_num(1).item()}
 
 
-def ours(run, level):
+def ours(run, level, refine=0):
     """Code with the model at quality `level`, 1 .. Q, and decode with the defaults of sample.decompress. One file, decoded
-    once, serves both curves, since HFD starts from the autoencoder's picture."""
-    model = run.model
+    once, serves both curves, since HFD starts from the autoencoder's picture. refine: as for sample.compress."""
+    model, refined = run.model, ", refined" if refine else ""
 
     def code(i, image):
         """Picture i's file, and both pictures that come from it."""
         seed = run.args.seed + i            # as if each file had been given a seed of its own
-        data, report = sample.compress(image, model, level, seed)
+        data, report = sample.compress(image, model, level, seed, refine=refine)
         header = sample.parse(data, run.names[i])
         (k, energy), unpacking = common.timed(sample.decode_latent, header, model, run.names[i])    # (1, M, h, w)
         x_hat, decoding = common.timed(model.autoencoder.decode, k, level - 1)                      # (1, 3, H', W')
         seconds = report["seconds"] | {"range decoder": unpacking, "decoder": decoding}
         decoded = sample.to_image(x_hat, *image.size)
-        variants = {"autoencoder": (decoded, seconds, idempotence(model, k, decoded, level))}
+        variants = {"autoencoder" + refined: (decoded, seconds, idempotence(model, k, decoded, level))}
         if model.diffusion is not None:
             x, sampling = common.timed(lambda: hfd.sample_picture(model.diffusion, x_hat, level - 1, seed=seed, energy=energy))
             decoded = sample.to_image(x, *image.size)
-            variants["HFD"] = decoded, seconds | {"diffusion": sampling}, idempotence(model, k, decoded, level)
+            variants["HFD" + refined] = decoded, seconds | {"diffusion": sampling}, idempotence(model, k, decoded, level)
         return data, variants
-    return code
-
-
-def refined(run, level):
-    """Code with a latent refined for each picture (hfd.Autoencoder.refine), and decode with the autoencoder alone."""
-    def code(i, image):
-        """Picture i's smaller file, and the autoencoder's picture."""
-        data, report = sample.compress(image, run.model, level, refine=run.args.refine)
-        decoded, decoding = sample.decompress(data, run.model, rho=0)
-        return data, {"refined": (decoded, report["seconds"] | decoding["seconds"])}
     return code
 
 
@@ -71,14 +61,15 @@ def measure(run):
         for setting in settings[::3 if run.args.quick else 1]:
             curves.setdefault(name, []).append((setting, run.measure(f"{name} {setting}", theirs(name, encode, setting))[name]))
     for level in range(1, len(run.model.autoencoder.config.lambdas) + 1, 2 if run.args.quick else 1):
-        for name, numbers in run.measure(f"level {level}", ours(run, level)).items():
-            curves.setdefault(name, []).append((level, numbers))
+        variants = run.measure(f"level {level}", ours(run, level))
         if run.args.refine:
-            curves.setdefault("refined", []).append((level, run.measure(f"refined {run.args.refine}, level {level}", refined(run, level))["refined"]))
+            variants = variants | run.measure(f"refined {run.args.refine}, level {level}", ours(run, level, run.args.refine))
+        for name, numbers in variants.items():
+            curves.setdefault(name, []).append((level, numbers))
     return curves
 
 
-OURS = "autoencoder", "refined", "HFD"
+OURS = "autoencoder", "HFD", "autoencoder, refined", "HFD, refined"
 
 
 def summarise(curves, kodak):
@@ -116,13 +107,13 @@ def summarise(curves, kodak):
 
 def report(curves, summary):
     """Print all of it as a table."""
-    print(f"\n{'codec':12} {'setting':>7} {'bpp':>7} {'PSNR':>6} {'Frechet distance [95 %]':>26} {'s to encode':>11} {'to decode':>9}")
+    print(f"\n{'codec':20} {'setting':>7} {'bpp':>7} {'PSNR':>6} {'Frechet distance [95 %]':>26} {'s to encode':>11} {'to decode':>9}")
     for name, points in curves.items():
         for setting, n in points:
             fd = "{:.2f} [{:.2f}, {:.2f}]".format(n["fd"], *n["fd_interval"]) if "fd" in n else "-"
             encoding = sum(seconds for part, seconds in n["seconds"].items() if part.endswith("encoder"))
             decoding = sum(n["seconds"].values()) - encoding
-            print(f"{name:12} {setting:7} {n['bpp']:7.4f} {n['psnr']:6.2f} {fd:>26} {encoding:11.3f} {decoding:9.3f}")
+            print(f"{name:20} {setting:7} {n['bpp']:7.4f} {n['psnr']:6.2f} {fd:>26} {encoding:11.3f} {decoding:9.3f}")
     for what in ("psnr", "fd"):
         for ours, found in summary[f"bits_at_equal_{what}_percent"].items():
             print(f"bits of {ours} at equal {'PSNR' if what == 'psnr' else 'Frechet distance'}: " + ", ".join(
@@ -139,8 +130,8 @@ def report(curves, summary):
               f"picture, {100 * b['nonzero_symbols_back']:.1f} % from HFD's")
 
 
-# Published curves that are best named where they start (and how the name stands to that point); the others where they end.
-STARTS = {"ELIC": "center", "VTM": "center", "BPG 4:4:4": "bottom", "MS-ILLM": "top"}
+# Published curves that are best named where they start (and by how many points the name is away); the others where they end.
+STARTS = {"ELIC": (-4, 0), "VTM": (-4, 0), "BPG 4:4:4": (-4, 4), "MS-ILLM": (-20, -6)}
 
 
 def draw(curves, kodak, feature_name):
@@ -149,7 +140,7 @@ def draw(curves, kodak, feature_name):
     for panel, number in zip(panels, ("psnr", "fd")):
         ends, all_bpp = [], []
         for name, points in curves.items():
-            if name == "refined":           # as good as on top of the autoencoder's curve; its numbers are in the table
+            if name not in common.LOOK:     # refined: nearly on top of the others; the numbers are in the table
                 continue
             colour, marker = common.LOOK[name]
             bpp, y = ([numbers[key] for _, numbers in points] for key in ("bpp", number))
@@ -164,8 +155,8 @@ def draw(curves, kodak, feature_name):
             bpp, y = zip(*points)
             panel.plot(bpp, y, color=common.GREY, linewidth=0.8, linestyle=(0, (4, 2)))
             if name in STARTS:
-                panel.annotate(name, (bpp[0], y[0]), (-4, 0), textcoords="offset points", color=common.GREY, fontsize=8,
-                               ha="right", va=STARTS[name])
+                panel.annotate(name, (bpp[0], y[0]), STARTS[name], textcoords="offset points", color=common.GREY, fontsize=8, ha="right",
+                               va="center", arrowprops={"arrowstyle": "-", "color": common.GREY, "linewidth": 0.4})
             else:
                 ends.append((bpp[-1], y[-1], name, common.GREY))
         panel.set_xscale("log")
@@ -185,7 +176,8 @@ def draw(curves, kodak, feature_name):
 def main(argv=None):
     """Measure, print, draw."""
     run = common.Run("rate_distortion", __doc__, argv, lambda parser: parser.add_argument(
-        "--refine", type=int, default=0, metavar="N", help="also measure files whose latent was refined in N steps (compress --refine)"))
+        "--refine", type=int, default=0, metavar="N", help="also measure files whose latent was refined in N steps (compress --refine)"),
+        needs_diffusion=False)
     curves = measure(run)
     summary = summarise(curves, run.kodak)
     report(curves, summary)

@@ -20,8 +20,8 @@ DETAIL = (175, 15, 335, 175)
 def draw(image, detail, seed):
     """(matplotlib figure, numbers): three panels of curves above, z_t of a detail (left, top, right, bottom) of a PIL picture below."""
     common.plt.rcParams.update(common.STYLE)
-    figure = common.plt.figure(figsize=(10.2, 4.4))
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.55, 1))
+    figure = common.plt.figure(figsize=(10.2, 4.15))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.75, 1))
     panels = top.subplots(1, 3)
     t, numbers = torch.linspace(0.002, 0.998, 499, dtype=torch.float64), {}
     for eta, (colour, line) in ETAS.items():
@@ -51,7 +51,7 @@ def draw(image, detail, seed):
 
 def main(argv=None):
     """Draw the figure, print its numbers."""
-    run = common.Run("schedule", __doc__, argv)
+    run = common.Run("schedule", __doc__, argv, needs_diffusion=False)
     image = run.images[0]
     figure, numbers = draw(image, common.detail(image, DETAIL), run.args.seed)
     for eta, values in numbers.items():

@@ -20,8 +20,7 @@ def radial_power(image):
 
     A Hann window fades the borders: the Fourier transform takes pictures for periodic, and the jump at their edges for detail."""
     side = min(SIDE, *image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    grey = np.asarray(image.crop((left, top, left + side, top + side)).convert("L"), float)
+    grey = np.asarray(common.around_centre(image, side).convert("L"), float)
     window = np.hanning(side)
     power = np.abs(np.fft.fft2((grey - grey.mean()) * window * window[:, None])) ** 2               # (side, side)
     radius = np.hypot(np.fft.fftfreq(side), np.fft.fftfreq(side)[:, None])
@@ -41,10 +40,9 @@ def grain(image, original):
 
 def main(argv=None):
     """Average the spectra over all pictures, draw their ratios."""
-    run = common.Run("spectrum", __doc__, argv, level=1)
-    level = run.args.level
+    run = common.Run("spectrum", __doc__, argv, levels=[1, 4])
 
-    def compute():
+    def compute(level):
         """Mean spectra, grain and bits per pixel over all pictures, by name."""
         spectra, grains, bpp = {}, {}, {}
         for i, image in enumerate(run.images):
@@ -62,21 +60,22 @@ def main(argv=None):
                 "grain": {name: round(float(np.mean(each)), 4) for name, each in grains.items()},
                 "bpp": {name: round(float(np.mean(each)), 4) for name, each in bpp.items()}}
 
-    point = run.point(f"level {level}", compute)
-    power = point["power"]
-    print("bits per pixel: " + ", ".join(f"{name} {number:.3f}" for name, number in point["bpp"].items()))
-    print("fine colour in the flattest squares (1/255): " + ", ".join(f"{name} {number:.2f}" for name, number in point["grain"].items()))
     frequency = (np.arange(BINS) + 0.5) / (2 * BINS)
-    figure, (panel,) = common.axes(width=6)
-    ends = [(frequency[-1], 0, "original", common.GREY)]
-    panel.axhline(0, color=common.GREY)
-    for name in ("JPEG", "autoencoder", "HFD"):
-        gain = 10 * np.log10(np.divide(power[name], power["original"]))                             # (BINS,)
-        panel.plot(frequency, gain, color=common.LOOK[name][0])
-        ends.append((frequency[-1], gain[-1], name, common.LOOK[name][0]))
-        print(f"{name:12}: {gain[BINS // 4]:+.1f} dB at 1/8, {gain[BINS // 2]:+.1f} dB at 1/4, {gain[-1]:+.1f} dB at 1/2 cycles per pixel")
-    panel.set(title=f"Level {level}: power relative to the original", xlabel="cycles per pixel", ylabel="dB")
-    common.label_ends(panel, ends)
+    figure, panels = common.axes(len(run.args.levels))
+    for panel, level in zip(panels, run.args.levels):
+        point = run.point(f"level {level}", lambda: compute(level))
+        power = point["power"]
+        print(f"level {level}, bits per pixel: " + ", ".join(f"{name} {number:.3f}" for name, number in point["bpp"].items()))
+        print("fine colour in the flattest squares (1/255): " + ", ".join(f"{name} {number:.2f}" for name, number in point["grain"].items()))
+        ends = [(frequency[-1], 0, "original", common.GREY)]
+        panel.axhline(0, color=common.GREY)
+        for name in ("JPEG", "autoencoder", "HFD"):
+            gain = 10 * np.log10(np.divide(power[name], power["original"]))                         # (BINS,)
+            panel.plot(frequency, gain, color=common.LOOK[name][0])
+            ends.append((frequency[-1], gain[-1], name, common.LOOK[name][0]))
+            print(f"{name:12}: {gain[BINS // 4]:+.1f} dB at 1/8, {gain[BINS // 2]:+.1f} dB at 1/4, {gain[-1]:+.1f} dB at 1/2 cycles per pixel")
+        panel.set(title=f"Level {level}: power relative to the original", xlabel="cycles per pixel", ylabel="dB")
+        common.label_ends(panel, ends)
     run.finish(figure)
 
 

@@ -37,7 +37,7 @@ def main(argv=None):
     x_hat = autoencoder.decode(autoencoder.encode(sample.to_tensor(image, run.device), level), level)
     recorder = Recorder(run.model.diffusion)
     hfd.sample_picture(recorder, x_hat, level, steps, "ddim", run.args.seed, run.model.diffusion.config.eta, patch=max(x_hat.shape), context=0)
-    frames = [[sample.to_image(t.float().clamp(-1, 1).clone(), *image.size) for t in (z, x)] for _, z, x in recorder.frames]
+    frames = [[sample.to_image(t.float().clamp(-1, 1), *image.size) for t in (z, x)] for _, z, x in recorder.frames]
 
     font, w, h, line = ImageFont.load_default(16), *image.size, 24
     strip = Image.new("RGB", (len(shown) * (w + 4) - 4, line + 2 * (h + 4)), "white")

@@ -93,22 +93,23 @@ def main(argv=None):
     N, point = np.logspace(2, 5, 50), ours["HFD"][run.args.level - 1]
     panels[0].plot(N, point["bpp"] + model_bits / (N * pixels), color=common.LOOK["HFD"][0])
     ends = [(N[-1], point["bpp"] + model_bits / (N[-1] * pixels), f"HFD, level {run.args.level}", common.LOOK["HFD"][0])]
-    for codec in theirs:
-        (colour, marker), rate = common.LOOK[codec], rate_for(point[number], theirs[codec], number)
-        if rate is not None:
-            panels[0].plot(N, np.full(len(N), rate), color=colour, linewidth=1)
-            ends.append((N[-1], rate, codec, colour))
-            if rate > point["bpp"]:
-                crossing = model_bits / ((rate - point["bpp"]) * pixels)
-                panels[0].plot(crossing, rate, color=colour, marker=marker)
-                panels[0].annotate(f"{math.ceil(crossing):,}", (crossing, rate), (-5, -2), textcoords="offset points", fontsize=8, color=colour,
-                                   ha="right", va="top")
+    rates = {codec: rate for codec in theirs if (rate := rate_for(point[number], theirs[codec], number)) is not None}
+    for codec, rate in rates.items():
+        (colour, marker), above = common.LOOK[codec], rate > np.median(list(rates.values()))        # half of the labels above their lines
+        panels[0].plot(N, np.full(len(N), rate), color=colour, linewidth=1)
+        ends.append((N[-1], rate, codec, colour))
+        if rate > point["bpp"]:
+            crossing = model_bits / ((rate - point["bpp"]) * pixels)
+            panels[0].plot(crossing, rate, color=colour, marker=marker)
+            panels[0].annotate(f"{math.ceil(crossing):,}", (crossing, rate), (-12, 1) if above else (-5, -2), textcoords="offset points",
+                               fontsize=8, color=colour, ha="right", va="bottom" if above else "top")
     panels[0].set(title="Bits for one realism, the model's share included", xlabel="pictures that share one model", ylabel="bits per pixel",
                   xscale="log", yscale="log")
     common.plain_log_ticks(panels[0])
     gmac = [c["gmac"] for c in cost.values()]
-    bars = panels[1].barh(range(len(cost)), gmac, color=common.LOOK["HFD"][0], height=0.6)
-    panels[1].bar_label(bars, [f"{c['gmac']:,.0f}; {c['seconds']:.3g} s" for c in cost.values()], padding=2, fontsize=8)
+    panels[1].plot(gmac, range(len(cost)), "o", color=common.LOOK["HFD"][0])
+    for y, c in enumerate(cost.values()):
+        panels[1].annotate(f"{c['gmac']:,.0f}; {c['seconds']:.3g} s", (c["gmac"], y), (6, 0), textcoords="offset points", va="center", fontsize=8)
     panels[1].set_yticks(range(len(cost)), list(cost))
     panels[1].invert_yaxis()
     panels[1].set(title="Computing", xlabel="10⁹ multiply-adds per megapixel, and seconds here", xscale="log", xlim=(min(gmac) / 2, 30 * max(gmac)))

@@ -373,6 +373,15 @@ def test_ddim_is_deterministic_and_seeded(denoiser):
         assert len(drawn) == expected
 
 
+def test_bfloat16_is_used_where_it_pays(monkeypatch):
+    """CPUs compute in bfloat16 if theirs is faster than float32: AMD's with AVX-512, any with AMX, but not Intel's with AVX-512 alone."""
+    for capabilities, expected in (({}, False), ({"cpu_name": "AMD EPYC"}, False), ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+                                   ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+                                   ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True)):
+        monkeypatch.setattr(hfd, "cpu_capabilities", lambda: capabilities)
+        assert hfd.fast_bf16(torch.device("cpu")) is expected
+
+
 def test_the_objective_chooses_its_sampler():
     """A flow model is sampled by Euler steps without being asked to, which are DDIM steps on its schedule; a diffusion model by the second-order solver."""
     x_hat = torch.zeros(1, 3, 32, 32)

@@ -1,5 +1,6 @@
 """What sample.py promises: any picture becomes a small file, the file always decodes alike, and anything else is refused in one line."""
 import copy
+import errno
 import functools
 import io
 import os
@@ -527,10 +528,16 @@ def test_a_file_appears_whole_or_not_at_all(desk):
 
     def fail(f):
         f.write(b"half")
-        raise OSError("the disk is full")
-    for name in ("taken.hfd", "new.hfd"):
-        with pytest.raises(OSError, match="full"):
-            hfd.write_atomically(str(desk / name), fail)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail_as_torch_does(f):
+        try:
+            fail(f)
+        finally:
+            raise RuntimeError("and now the end of the archive is missing, too")
+    for name, way in (("taken.hfd", fail), ("new.hfd", fail), ("new.hfd", fail_as_torch_does)):
+        with pytest.raises(HFDError, match=f"{name}: cannot be written .No space left"):
+            hfd.write_atomically(str(desk / name), way)
         assert contents(desk) == before
     hfd.write_atomically(str(desk / "taken.hfd"), lambda f: f.write(b"whole"))
     assert contents(desk) == before | {"taken.hfd": b"whole"}

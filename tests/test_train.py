@@ -240,6 +240,28 @@ def test_a_prior_can_be_learned_alone(small_networks, folder, tmp_path):
         train.main(["autoencoder", "--out", str(tmp_path / "ae.pt"), "--resume", "--prior-of", one])
 
 
+def test_a_denoiser_can_be_finetuned(small_networks, folder, tmp_path):
+    """--finetune starts from a finished denoiser, here to make a flow of it: after one step at no learning rate to speak of, it still is that one."""
+    ae, full, flow, plain = (str(tmp_path / n) for n in ("ae.pt", "full.pt", "flow.pt", "plain.pt"))
+    train.main(["autoencoder", "--images", folder, "--steps", "1", "--out", ae, *TINY])
+    train.main(["diffusion", "--autoencoder", ae, "--images", folder, "--steps", "3", "--out", full, *TINY])
+    finetune = ["diffusion", "--finetune", "--images", folder, "--steps", "1", "--lr", "1e-9", *TINY]
+    train.main([*finetune, "--autoencoder", full, "--objective", "flow", "--out", flow])
+    before, after = hfd.load_model(full), hfd.load_model(flow)
+    assert after.diffusion.config.objective == "flow" and before.diffusion.config.objective == "v"
+    for a, b in zip(before.diffusion.state_dict().values(), after.diffusion.state_dict().values()):
+        assert torch.allclose(a, b, rtol=0, atol=1e-8)
+    assert after.recipe["diffusion"] == before.recipe["diffusion"] and "--finetune" in after.recipe["finetuning"]["command"]
+    train.main([*finetune, "--autoencoder", flow, "--out", str(tmp_path / "again.pt")])
+    assert hfd.load_model(tmp_path / "again.pt").diffusion.config.objective == "flow"       # which is kept unless asked otherwise
+    with pytest.raises(hfd.HFDError, match="without --finetune"):
+        train.main(["diffusion", "--out", full, "--resume", "--finetune"])
+    with pytest.raises(hfd.HFDError, match="ae.pt: has no denoiser"):
+        train.main([*finetune, "--autoencoder", ae, "--out", plain])
+    with pytest.raises(hfd.HFDError, match="--finetune cannot change that"):
+        train.main([*finetune, "--autoencoder", full, "--plain", "--out", plain])
+
+
 def test_another_autoencoder_is_told(small_networks, folder, tmp_path, capsys):
     """Stage 2 may go on with an autoencoder that was trained further; that its residual is still the former's is said."""
     first, second, out = (str(tmp_path / name) for name in ("first.pt", "second.pt", "full.pt"))
