@@ -96,8 +96,8 @@ def test_numbers_in_the_readme_come_from_the_results(shipped):
         assert (bpp, psnr_a, psnr_h) == (f"{a['bpp']:.3f}", f"{a['psnr']:.2f}", f"{h['psnr']:.2f}")
         assert (fd_a, fd_h) == (f"{a['fd']:.1f}", f"{h['fd']:.1f}")
     others = [name.strip().replace("BPG", "BPG 4:4:4") for name in re.search(r"^\| ours \|(.*)\|$", README, re.M)[1].split("|")]
-    rows = re.findall(r"^\| (autoencoder|HFD), equal (PSNR|FD) \|(.*)\|$", README, re.M)
-    assert len(rows) == 4
+    rows = re.findall(r"^\| ((?:autoencoder|HFD)(?:, refined)?), equal (PSNR|FD) \|(.*)\|$", README, re.M)
+    assert len(rows) == 6
     for ours, quality, cells in rows:
         differences = {other: f"{bd:+.1f}" for other, bd in results["summary"][f"bits_at_equal_{quality.lower()}_percent"][ours].items() if other in others}
         assert dict(zip(others, map(str.strip, cells.split("|")))) == {other: differences.get(other, "") for other in others}
