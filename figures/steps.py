@@ -4,7 +4,7 @@
 
 The paper draws 250 ancestral steps, and finds that rectified flow is better with few steps and diffusion with many. A step is one evaluation
 of the network for every pixel, so steps are the cost of decoding, whatever the sampler. (With --middle 256, a sixth of Kodak's pixels, this
-takes an hour and a half on two CPU cores.)
+takes 70 minutes on two CPU cores.)
 """
 import hfd
 from figures import common, metrics
