@@ -40,10 +40,10 @@ class Prior(nn.Module):
     instead: more flexible, several times slower, and slower to learn in our trials). Three logistics of different
     widths can draw what transform coefficients look like: a sharp peak at zero with heavy tails.
 
-    The context (section 2) then says for each symbol around which value mu to expect it, and how many octaves wider or narrower than
-    usual. In units of the quantization step, where symbols are integers:
+    The context (section 2) then says for each symbol around which value mu to expect it, and how many octaves (factors of two) wider or
+    narrower than usual. In units of the quantization step, where symbols are integers:
 
-        P(k) = c((k + 1/2 - mu) / width) - c((k - 1/2 - mu) / width),   width = 2^octaves width_m / step.
+        P(k) = c((k + 1/2 - mu) / width) - c((k - 1/2 - mu) / width),   width = 2^wider width_m / step.
 
     M channels, Q quality levels, P passes of section 2.
     """
@@ -54,7 +54,7 @@ class Prior(nn.Module):
         self.log_widths = nn.Parameter(torch.logspace(math.log10(0.25), math.log10(2.5), components).log())     # (K,), narrow .. wide
         self.octaves = nn.Parameter(torch.zeros(channels))                                      # (M,) log2 of each channel's width
         self.by_level = nn.Parameter(torch.zeros(levels, channels))                             # (Q, M) and what is added at each level
-        # The context model starts without a mean, and with a little of every size. Of the weights of sizes the sign does not count.
+        # The context model starts without a mean, and with a little of every size. Of near, across and window only absolute values are used.
         self.by_pass, self.shift = (nn.Parameter(torch.zeros(PASSES, channels)) for _ in range(2))      # (P, M) each
         self.near = nn.Parameter(torch.full((PASSES, channels), 0.25))                          # (P, M)
         self.across, self.window = (nn.Parameter(torch.full((channels, channels), 0.25 / channels)) for _ in range(2))  # (M, M), used below the diagonal
@@ -85,7 +85,8 @@ class Prior(nn.Module):
         u: (B, M, h, w), the values to code, in units of steps; k: (B, M, h, w), those that the context is taken from (in training the one is
         noisy and the other rounded, see hfd.Autoencoder.forward); step: (B, M, 1, 1); q: (B,) levels. Returns (B, M, h, w).
         The floor of 2^-30 stands for the escape code, which makes no symbol infinitely expensive."""
-        # Widths: none narrower or wider than the tables that there will be; but beyond these limits a trickle of gradient leads back.
+        # No width is narrower or wider than the tables that there will be. But beyond these limits 1 % of the gradient passes, so that a
+        # parameter that strayed there can come back.
         limited = lambda octaves: octaves.clamp(*LIMITS) + 0.01 * (octaves - octaves.detach())
         octaves = limited((self.octaves + self.by_level[q])[:, :, None, None] - torch.log2(step))   # (B, M, 1, 1) without context
         mu, wider = self.context(k, octaves)                                                    # (B, M, h, w) each
@@ -159,8 +160,8 @@ def coarse_to_fine(h, w):
 # The prior's shape is one for all channels and levels. So one family of tables serves every symbol: WIDTHS widths, four to an octave, times
 # SHIFTS fractions of a symbol by which mu can lie beside a whole one. The context chooses, in integers.
 
-# No entry can be below 1 / TOTAL, so entries that nobody uses cost the others: with 2^16 and an entry for every symbol, per cents at low
-# rates, where most channels are nearly always zero. So `freeze` has entries for likely symbols only; the others share an escape.
+# Every entry needs a count of at least 1, taken from the others. Out of 2^16 and with an entry for every symbol that would cost several per
+# cent of the bits at low rates, where most channels are nearly always zero. So only likely symbols have an entry; the others share an escape.
 PRECISION = 24              # probabilities are integers out of 2^24
 TOTAL = 1 << PRECISION
 MAX_SYMBOL = 1023           # larger ones always escape
@@ -180,7 +181,7 @@ POWERS = np.array([power >> 61 - octave for octave in range(62) for power in _to
 
 
 def octaves_of(n):
-    """OCTAVE * log2 n, rounded, of an array of integers n from 1 to 2^61. (Above a number or above its whole part is the same to an integer.)"""
+    """OCTAVE * log2 n, rounded, of an array of integers n from 1 to 2^61. (n is whole: it is above a power just if it is above the power rounded down.)"""
     return np.searchsorted(POWERS, n) - 1
 
 
@@ -222,18 +223,14 @@ class Tables:
         Q, M = self.octaves.shape if self.octaves.ndim == 2 else (0, 0)
         if not 0 < Q * M < 1 << 14 or [t.shape for t in list(vars(self).values())[5:]] != [(PASSES, M)] * 3 + [(M, M)] * 2:
             raise ValueError("the context model has the wrong shape")
-        # So no sum leaves 64 bits. A symbol is at most twice the mean of its neighbours and 2^31 more: after seven passes below 2^39. In
-        # 1 / WIDTH of the narrowest width that is 2^57, in twelfths and eighths of a mean below 2^61; and 9 M sizes, weighted, are below 2^57.
+        # With these limits no sum leaves 64 bits. In each pass a symbol is at most twice its neighbours' mean and 2^31 more, so below 2^39
+        # after seven; its size, in 1 / WIDTH of the narrowest width, is then below 2^57, its share of mu below 2^61, and a sum of 9 M sizes
+        # (at most LARGEST each), weighted, below 2^57.
         if min(t.min() for t in (self.near, self.across, self.window)) < 0:
             raise ValueError("the context model weighs sizes with less than nothing")
         if self.octaves.min() < OCTAVE * LIMITS[0] or self.octaves.max() > OCTAVE * LIMITS[1]:
             raise ValueError("the context model starts from widths that there are no tables for")
         return self
-
-    def get(self, t):
-        """(low, cumulative counts as a list) of table t."""
-        a, n = int(self.start[t]), int(self.size[t])
-        return int(self.low[t]), self.cdf[a:a + n + 1].tolist()
 
 
 @torch.no_grad()
@@ -280,9 +277,9 @@ def freeze(prior, steps):
 #   2^56 <= range <= 2^64        at least 56 bits, so range // TOTAL has 32: dividing wastes < 2^-32 of it
 #   low  <  2^65                 64 bits plus at most one carry into the bytes already sent
 #
-# The carry: adding to `low` may overflow 2^64, when the settled bytes were settled one too small. Then one is
-# added to them, as in school: every trailing 255 turns to 0, and the byte before goes up by one. It can only
-# happen once per byte, because low + range never grows past the end of the interval it started in.
+# The carry: adding to `low` may overflow 2^64. Then one is added to the bytes already sent, as in school: every
+# trailing 255 turns to 0, and the byte before goes up by one. There always is such a byte, because
+# low + range never grows past the end of the interval it started in.
 
 TOP, BOTTOM = 1 << 64, 1 << 56
 
@@ -364,7 +361,7 @@ class RangeDecoder:
                 position += 1
                 range_ <<= 8
             indices.append(index)
-        if position > end + 8:                                  # the encoder settled one byte for each that is read here
+        if position > end + 8:                                  # of a whole message at most 8 zeros were not stored
             raise ValueError("the range-coded data ends too early")
         self.code, self.range, self.position = code, range_, position
         return indices
@@ -443,7 +440,7 @@ def _zero_flag(zeros, t):
     The product of P(0) over all symbols is what the prior gives to all of them being zero. A flag of that probability costs
     an all-zero channel just what its zeros would have cost, and spares the loop over them. (But never more than 24 bits: in a
     large and smooth picture whole channels are silent, more often than independent symbols would be.) Saying "not all zero" costs
-    -log2(1 - P) bits more than needed, half a bit on average at worst: hence FLAG_FROM. Powers by repeated squaring in integers
+    -log2(1 - P) bits more than needed, on average 0.53 bit at worst: hence FLAG_FROM. Powers by repeated squaring in integers
     of 62 bits, for floating-point powers differ between machines."""
     power = 1 << 62
     for table, count in enumerate(np.bincount(t).tolist()):
@@ -478,13 +475,8 @@ def _walk(k, shape, tables, q, silent, symbols):
     zeros = (tables.cdf[at_zero + 1] - tables.cdf[at_zero]).tolist()
     one = WEIGHT * WIDTH                                    # a size of 1 with a weight of 1
 
-    def sizes(values, m):
-        """How large these values of channel m are, in 1 / WIDTH of its width without context."""
-        return np.minimum(np.abs(values) * size_of_one[m], WIDTH * LARGEST)
-
-    def wider(total):
-        """How many octaves wider than usual, in 1 / OCTAVE, a weighted sum of sizes makes a symbol, (n,)."""
-        return octaves_of(one + total) - octaves_of(one)
+    sizes = lambda values, m: np.minimum(np.abs(values) * size_of_one[m], WIDTH * LARGEST)  # of channel m, in 1 / WIDTH of its usual width
+    wider = lambda total: octaves_of(one + total) - octaves_of(one)                         # what a weighted sum adds, in 1 / OCTAVE
 
     # Exact in float64, whatever the order: these are integers, and all sums lie below M * 2^15 * 2^24 < 2^53. And its matrix products are fast.
     heard, known = [], np.empty(k.shape)                    # channels that are not silent, and their sizes (.., h*w)
@@ -544,14 +536,15 @@ def encode(k, tables, q):
 
 def decode(data, tables, q, shape):
     """The inverse of `encode`: bytes to an int64 array of the given shape (M, h, w). Raises ValueError on damage."""
-    coder, low, escape = RangeDecoder(data), tables.low.numpy().astype(np.int64), tables.size.numpy().astype(np.int64) - 1
-    cdf = functools.cache(lambda t: tables.get(t)[1])       # as lists, which bisect is fastest with; a picture needs few of them
+    coder = RangeDecoder(data)
+    low, size, start = (t.numpy().astype(np.int64) for t in (tables.low, tables.size, tables.start))
+    cdf = functools.cache(lambda t: tables.cdf[start[t]:start[t] + size[t] + 1].tolist())   # as lists: bisect is fastest with them
 
     def symbols(t, _):
         """The next values, from the tables t."""
         index = np.array(coder.decode([cdf(i) for i in t.tolist()]), np.int64)
         values = index + low[t]
-        for i in np.flatnonzero(index == escape[t]):
+        for i in np.flatnonzero(index == size[t] - 1):
             above, distance = coder.decode_bits(1), decode_gamma(coder)
             values[i] = values[i] + distance - 1 if above else low[t[i]] - distance
         return values

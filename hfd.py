@@ -21,6 +21,7 @@ import math
 import os
 import pickletools
 import platform
+import re
 import resource
 import sys
 import time
@@ -102,8 +103,8 @@ class ResidualBlock(nn.Module):
 
 class Transform(nn.Module):
     """A linear path plus a deep one. The linear path is one convolution and starts as a transform codec that works. The deep path has four
-    stride-2 stages of residual blocks, like the transforms of ELIC (He et al. 2022); its last layer starts at zero, so that all it
-    ever does is improve on the linear one."""
+    stride-2 stages, with residual blocks where resolution is low, like the transforms of ELIC (He et al. 2022); its last layer starts at
+    zero, so that all it ever does is improve on the linear one."""
 
     def forward(self, x, q):
         """x: (B, C, ., .), as both paths take it; q: (B,) levels, of which only residual blocks are told. Returns float32."""
@@ -199,7 +200,8 @@ class Autoencoder(nn.Module):
         """
         u = self.analysis(x, q) / self.step(q)                                                  # (B, M, h, w)
         lambdas = torch.tensor(self.config.lambdas, device=x.device)
-        # Levels cost from 0.1 to 1 bit per pixel. Dividing by sqrt(lambda) lets a per cent weigh about the same at each.
+        # Rate + lambda * MSE is some ten times larger at the last level than at the first. Dividing by sqrt(lambda) lets one per cent of it
+        # weigh about the same at each.
         weight = (lambdas.mean() / lambdas[q]).sqrt()
         if prior_only:
             bpp = self.bpp(u.round(), u.round(), x, q)                                          # (B,)
@@ -301,11 +303,10 @@ def flow_log_snr_at(t, eta):
     """The schedule of rectified flow (Liu et al. 2023; Lipman et al. 2023; the paper's variant), which goes from picture to noise
     in a straight line: z'_t = (1 - t) x + t eps. Its log SNR is 2 log((1 - t) / t), shifted by eta as above.
 
-    That is all that sets it apart. A picture z' on the line is a scaled z of equal SNR. The network's target eps - x is a
-    mixture of z and v: eps - x = (sigma - alpha) z + (alpha + sigma) v, so its squared error is (alpha + sigma)^2 times that of v.
-    And an Euler step along the line is a DDIM step in other coordinates. So flow is v-prediction with another schedule and, where
-    nothing else weighs the loss, the weight (alpha + sigma)^2; it needs no code of its own beyond these (Kingma & Gao 2023). The tests
-    show each of the three.
+    That is all that sets it apart, by three facts. A point z' on the line is z times a constant, at the same SNR. The network's target is
+    eps - x = (sigma - alpha) z + (alpha + sigma) v, where z is known, so its error is (alpha + sigma) times that of v. And an Euler step
+    along the line is a DDIM step. So flow is v-prediction with another schedule and, where nothing else weighs the loss, the weight
+    (alpha + sigma)^2 (Kingma & Gao 2023); it needs no code of its own beyond these. The tests show all three.
 
     t, returns: as log_snr_at."""
     return (-2 * torch.log(eta * t / (1 - t))).clamp(-15, 15)
@@ -485,9 +486,9 @@ class Diffusion(nn.Module):
     def forward(self, x, x_hat, q):
         """The training objective: mean squared error on v, t uniform (paper, section on the loss). Returns a scalar.
 
-        x, x_hat: (B, 3, H, W) in [-1, 1]; q: (B,). In the preconditioned form the error is measured in units of the closed form's
-        std, so that 1 means that the network adds nothing to it, and planes count in proportion to their s: an error
-        in one where little is missing is seen little. (Then a flow differs from diffusion by its schedule alone.)"""
+        x, x_hat: (B, 3, H, W) in [-1, 1]; q: (B,). With the closed form, the error of v is divided by the std that it leaves, so a loss of 1
+        means that the network adds nothing. And planes count in proportion to their s: where little is missing, errors are seen little.
+        (A flow then differs from diffusion by its schedule alone.)"""
         B = len(x)
         # One uniform number, spread evenly over the batch: every step sees all times (Kingma et al. 2021).
         t = (torch.rand((), device=x.device) + torch.arange(B, device=x.device) / B) % 1        # (B,)
@@ -581,10 +582,8 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=lambda row, colum
     tile, context = math.ceil(tile / CELL), math.ceil(context / CELL)                           # in cells, from here on
     rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (-2, -1))
 
-    def cut(t, samples, top, bottom, left, right):
-        """The part of t between these cells, a view. samples: per cell and side, 16 in a picture, 1 in a latent."""
-        return t[..., top * samples:bottom * samples, left * samples:right * samples]
-
+    # The part of t between these cells, a view; n: samples per cell and side, 16 in a picture, 1 in a latent.
+    cut = lambda t, n, top, bottom, left, right: t[..., top * n:bottom * n, left * n:right * n]
     by_size = {}                                            # only windows of one size can be stacked
     for top in range(0, rows, tile):
         for left in range(0, cols, tile):
@@ -612,15 +611,14 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
                    on_step=lambda step: None, grouped=False, batch=1):
     """Sample a whole picture of any size, patch by patch, given x_hat (1, 3, H, W), sides multiples of 16.
 
-    The patches move in step: each denoising step visits all of them, evaluates every one with `context` pixels around
-    it, and keeps its centre; then the whole canvas goes on to the next noise level. So neighbours see the same noise and, the more
-    context they have, agree on what is between them: with a context of the U-Net's receptive field radius this *is* sampling
-    the whole picture at once, at the memory of one patch; with none, seams show. All noise is drawn on the CPU from `seed`,
-    for the canvas at once, whatever the device and the patches.
+    The patches move in step: each denoising step visits all of them, evaluates every one with `context` pixels around it, and keeps its
+    centre; then the whole canvas goes on to the next noise level. With the U-Net's receptive field radius as context this *is* sampling the
+    whole picture, at the memory of one patch; with none, seams show. All noise is drawn on the CPU for the canvas at once, so it depends on
+    `seed` alone.
 
-    grouped: work as the paper does instead, for it may not rely on a local network. Four groups of patches that do not touch take turns,
-    each going all the way from noise to picture. Around its patches the denoiser's x is overwritten with what earlier groups made, or with x_hat
-    where nothing is made yet, so that z_t there has the right noise level. An approximation: early groups cannot know what late ones will do.
+    grouped: the paper's way, for it may not rely on a local network. Four groups of patches that do not touch take turns, each going all the
+    way from noise to picture. Elsewhere the denoiser's x is replaced by what earlier groups made, or by x_hat where nothing is made yet, so
+    that z_t there has the right noise level. An approximation: early groups cannot know what late ones will do.
 
     sampler: None for "dpm", or for a flow "ddim", which is Euler's step. energy: the HFD+ map at one value per CELL, (1, 1, H/16, W/16), or
     None. eta: shift of the schedule; None for RELATIVE_ETA times the residual's standard deviation at level q, so that the noise is of the
@@ -657,6 +655,8 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
 # Housekeeping: checkpoints, devices, errors -----------------------------------------------------------
 
 FORMAT = "hfd checkpoint 3"
+CALLED = r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_tensor_v2|_codecs encode"      # by a checkpoint's pickle
+CPU = getattr(torch.cpu, "get_capabilities", dict)()         # what torch knows of this machine's; older versions know nothing
 
 
 class HFDError(Exception):
@@ -711,6 +711,7 @@ class Model:
     tables: Tables
     recipe: dict
     identity: bytes
+    device: torch.device
     training: dict = None
 
 
@@ -728,11 +729,9 @@ def pack(autoencoder, tables, diffusion, recipe, half=False):
     tells damage. With `half`, the networks' matrices are stored as float16; steps, prior and tables never are."""
     def part(module):
         """Configuration and weights of one network, or nothing of none."""
-        if module is None:
-            return {"config": {}, "weights": {}}
-        return {"config": asdict(module.config), "weights": {
+        return {"config": asdict(module.config) if module else {}, "weights": {
             name: t.detach().cpu().half() if half and name.endswith("weight") else t.detach().cpu().clone()
-            for name, t in module.state_dict().items()}}
+            for name, t in (module.state_dict().items() if module else ())}}
 
     packed = {"format": FORMAT, "recipe": recipe, "tables": vars(tables), "autoencoder": part(autoencoder), "diffusion": part(diffusion)}
     return packed | {"digest": fingerprint(packed["tables"], packed["autoencoder"]["weights"], packed["diffusion"]["weights"])}
@@ -740,17 +739,20 @@ def pack(autoencoder, tables, diffusion, recipe, half=False):
 
 def tangled(pickled):
     """Whether a pickle, bytes, is a trap: forty lists, each of which holds the one before it twice, are 300 bytes, and who goes through the
-    last (or hashes a tuple made so) never comes back; tuples nested a million deep crash Python. What train.py writes repeats two, and has about
-    3,000 tuples."""
+    last (or hashes a tuple made so) never comes back; tuples nested a million deep crash Python; and torch itself would call what makes
+    gigabytes out of nothing. What train.py writes is at most some 100,000 bytes, repeats two, has about 3,000 tuples, and asks for CALLED alone."""
     containers, here, repeated, tuples = set(), False, 0, 0     # slots of the pickle's memory; whether the topmost value is a container
     for operation, slot, _ in pickletools.genops(pickled):
+        if "GLOBAL" in operation.name and not re.fullmatch(CALLED, str(slot)):
+            return True
         again = operation.name.endswith("GET") and slot in containers
         repeated, tuples = repeated + again, tuples + ("TUPLE" in operation.name)
-        if operation.stack_after:
-            here = again or any(kind in operation.name for kind in ("TUPLE", "LIST", "DICT", "SET", "APPEND", "REDUCE", "BUILD", "OBJ"))
+        if operation.stack_after:       # (a codec counts, too: called forty times in turn, it may double what it is given)
+            kinds = "TUPLE", "LIST", "DICT", "SET", "APPEND", "REDUCE", "BUILD", "OBJ"
+            here = again or slot == "_codecs encode" or any(kind in operation.name for kind in kinds)
         elif operation.name.endswith("PUT") and here:
             containers.add(slot)
-    return repeated > 4 or tuples > 20_000
+    return repeated > 4 or tuples > 20_000 or len(pickled) > 2_000_000
 
 
 def read_checkpoint(path):
@@ -765,7 +767,7 @@ def read_checkpoint(path):
             if min(member.header_offset for member in members.values()) > 0 or len(members) < len(archive.infolist()) or sum(
                     member.file_size for member in members.values()) > os.path.getsize(path):
                 raise ValueError
-            if any(tangled(archive.read(member)) for name, member in members.items() if name.endswith(".pkl")):
+            if archive.testzip() or any(tangled(archive.read(member)) for name, member in members.items() if name.endswith(".pkl")):
                 raise ValueError
         with warnings.catch_warnings(action="ignore"):      # torch's remarks on foreign pickles; they are refused anyway
             packed = torch.load(path, map_location="cpu", weights_only=True)
@@ -788,8 +790,8 @@ def refusing_damage(path):
 
 
 def plain(value):
-    """Whether this is a word or a number of ordinary size: what a checkpoint's settings and records are made of."""
-    return isinstance(value, (str, float)) or isinstance(value, int) and abs(value) < 2 ** 53
+    """Whether this is a text or a number of ordinary size: what a checkpoint's settings and records are made of."""
+    return isinstance(value, str) and len(value) < 10 ** 5 or isinstance(value, float) or isinstance(value, int) and abs(value) < 2 ** 53
 
 
 def rebuild(kind, config, weights):
@@ -823,7 +825,8 @@ def load_model(path, device="cpu"):
         # By a stride of zero, or by sharing, a few bytes in a forged file can stand for terabytes.
         if sum(t.nbytes for part in (packed["tables"], first["weights"], second["weights"]) for t in part.values()) > os.path.getsize(path):
             raise ValueError("not all of its tensors are stored in full")
-        if not all(plain(text) for part in recipe.values() for item in part.items() for text in item):
+        texts = [*recipe, *(text for part in recipe.values() for item in part.items() for text in item)]
+        if len(texts) > 1000 or not all(map(plain, texts)):
             raise ValueError("its recipe cannot be read")
         if packed["digest"] != fingerprint(packed["tables"], first["weights"], second["weights"]):
             raise ValueError("its digest does not match")
@@ -835,15 +838,9 @@ def load_model(path, device="cpu"):
         if not fits:
             raise ValueError("its parts do not belong together")
         identity = fingerprint(autoencoder.state_dict(), packed["tables"])[:4]
-    for module in (autoencoder, diffusion):
-        if module:
-            module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-    return Model(autoencoder, diffusion, tables, recipe, identity, packed.get("training"))
-
-
-def device_of(model):
-    """Where a loaded Model's weights are."""
-    return model.autoencoder.log_step.device
+    for module in filter(None, (autoencoder, diffusion)):
+        module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    return Model(autoencoder, diffusion, tables, recipe, identity, autoencoder.log_step.device, packed.get("training"))
 
 
 def pick_device(name="auto"):
@@ -869,20 +866,15 @@ def fast_bf16(device):
     Intel's without AMX take almost twice as long. (With AMX they should be faster; that was not measured.)"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = cpu_capabilities() if device.type == "cpu" else {}
+    known = CPU if device.type == "cpu" else {}
     return bool(known.get("amx_bf16") or known.get("avx512_bf16") and "AMD" in known.get("cpu_name", ""))
-
-
-def cpu_capabilities():
-    """What torch knows of this CPU, as a dictionary; older versions of torch know nothing."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def hardware(device):
     """What this runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = cpu_capabilities().get("cpu_name", platform.processor())
+    name = CPU.get("cpu_name", platform.processor())
     return f"{device.type.upper()}, {name}, {torch.get_num_threads()} threads" + (", bfloat16" if fast_bf16(device) else "")
 
 
@@ -893,7 +885,5 @@ def peak_memory(device):
             peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2 ** 20
     except (OSError, StopIteration):    # in bytes on a Mac
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-    text = f"peak memory {peak:.2f} GiB"
-    if device.type == "cuda":
-        text += f", on the GPU {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB"
-    return text
+    on_gpu = f", on the GPU {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB" if device.type == "cuda" else ""
+    return f"peak memory {peak:.2f} GiB{on_gpu}"

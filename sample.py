@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps
 
 import entropy
 import hfd
@@ -43,6 +43,7 @@ MAGIC, VERSION = b"HFD", 3
 HEADER = struct.Struct(">3sBBBHHI4s")       # without the checksum, which follows it
 HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2    # and by Pillow, at twice what this says: also where formats hide a picture inside another
 MODEL = str(Path(__file__).parent / "checkpoints" / "hfd.pt")
 
 # Pictures in and out ----------------------------------------------------------------------------------
@@ -52,9 +53,11 @@ def open_picture(path):
     """Any picture that Pillow opens, as 8-bit RGB and upright. Returns (PIL image, list of remarks on what was dropped)."""
     remarks = []
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:   # bombs: our own limit follows
-            if image.width * image.height > MAX_PIXELS or max(image.size) > 65535:
-                raise HFDError(f"{path}: {image.width}x{image.height} is too large; the limit is {MAX_PIXELS // 10 ** 6} megapixels and 65535 a side")
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:   # Pillow warns at half of the limit
+            if max(image.size) > 65535:
+                raise Image.DecompressionBombError
+            if image.format == "EPS":           # Pillow would have a PostScript interpreter run it
+                raise HFDError(f"{path}: is a program that draws, not a picture; convert it to .png first")
             if getattr(image, "n_frames", 1) > 1:
                 remarks.append(f"only the first of {image.n_frames} frames is kept")
             # Of 16-bit colour Pillow itself keeps 8. How a format tells its depth: as a raw mode, or PPM as its largest value.
@@ -62,6 +65,8 @@ def open_picture(path):
                        for tile in image.tile)
             if deep or image.mode.startswith("I"):
                 remarks.append("16 bits per sample are reduced to 8")
+                if "transparency" in image.info:    # one of the 16-bit colours, which cannot be told from others in 8
+                    raise HFDError(f"{path}: has a colour that is transparent, in 16 bits; convert it to 8 bits first")
             profile = image.info.get("icc_profile")
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
@@ -76,16 +81,21 @@ def open_picture(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image if image.mode in ("RGB", "CMYK") else image.convert("RGB")
-            if profile and b"sRGB" not in profile.replace(b"\0", b""):          # the names in profiles are ASCII or UTF-16
+            if profile:
                 try:
                     source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-                    image = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-                    remarks.append("colours are converted to sRGB")
+                    converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+                    # Most profiles are sRGB's own, under one name or another: then rounding is all that happens, and the original stays.
+                    if image.mode != "RGB" or np.max(ImageChops.difference(image, converted).getextrema()) > 2:
+                        image = converted
+                        remarks.append("colours are converted to sRGB")
                 except (ImageCms.PyCMSError, OSError):
                     remarks.append("its colour profile cannot be used; colours are taken for sRGB")
             return image.convert("RGB"), remarks
     except HFDError:
         raise
+    except Image.DecompressionBombError:
+        raise HFDError(f"{path}: too large; the limit is {MAX_PIXELS // 10 ** 6} megapixels and 65535 a side") from None
     except FileNotFoundError:
         raise HFDError(f"{path}: no such file") from None
     except Exception as error:      # a broken picture can make Pillow raise nearly anything
@@ -97,7 +107,7 @@ def save_picture(image, path):
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     try:
         hfd.write_atomically(path, lambda f: image.save(f, kind))
-    except (ValueError, KeyError, OSError) as error:    # what Pillow raises for a format that holds no RGB
+    except (ValueError, KeyError, OSError, OverflowError) as error:     # what Pillow raises for a format that holds no RGB, or not so much
         raise HFDError(f"{path}: cannot be written ({error}); try .png") from None
 
 
@@ -107,8 +117,8 @@ def check_target(path, force, picture=False):
         raise HFDError(f"{path}: is a folder or a device; name a file")
     if os.path.exists(path) and not force:
         raise HFDError(f"{path}: exists already; --force overwrites it")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise HFDError(f"{path}: its folder does not exist")
+    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise HFDError(f"{path}: its folder does not exist, or may not be written to")
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if picture and (kind not in Image.SAVE or kind in ("ICO", "ICNS")):         # icons change a picture's size
         raise HFDError(f"{path}: the ending names no picture format that can be written; try .png")
@@ -145,7 +155,7 @@ def compress(image, model, quality, seed=0, block=0, refine=0, on_step=lambda st
     levels = len(model.autoencoder.config.lambdas)
     if not 1 <= quality <= levels:
         raise HFDError(f"--quality must lie between 1 and {levels}, not {quality}")
-    device = hfd.device_of(model)
+    device = model.device
     clock = [hfd.clock(device)]
     x = to_tensor(image, device)                                                                # (1, 3, H', W')
     k = model.autoencoder.encode(x, quality - 1, refine=refine, on_step=on_step)                # (1, M, H'/16, W'/16)
@@ -207,17 +217,17 @@ def decode_latent(header, model, name):
         raise HFDError(f"{name}: claims quality {header['quality']}, which the model does not have")
     try:
         shape = config.latents, -(-header["height"] // CELL), -(-header["width"] // CELL)
-        k = entropy.decode(header["payload"], model.tables, header["quality"] - 1, shape)
         energy = None
         if header["block"]:
             cells = header["block"] // CELL                                                     # per block and side
             blocks = math.ceil(shape[1] / cells), math.ceil(shape[2] / cells)
             energy = entropy.decode_map(header["energy"], hfd.ENERGY_LEVELS, blocks)
             energy = energy.repeat(cells, 0).repeat(cells, 1)[:shape[1], :shape[2]]             # (h, w)
-            energy = torch.from_numpy(energy)[None, None].to(hfd.device_of(model))              # (1, 1, h, w)
+            energy = torch.from_numpy(energy)[None, None].to(model.device)                      # (1, 1, h, w)
+        k = entropy.decode(header["payload"], model.tables, header["quality"] - 1, shape)       # (M, h, w)
     except ValueError as error:
         raise HFDError(f"{name}: {error}") from None
-    return torch.from_numpy(k)[None].to(hfd.device_of(model)), energy
+    return torch.from_numpy(k)[None].to(model.device), energy
 
 
 def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
@@ -225,7 +235,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
 
     rho, the realism knob, mixes x_hat + rho (x_sample - x_hat): 0 is the autoencoder's picture, 1 the full sample. seed:
     None for the one in the file. settings: as in hfd.sample_picture."""
-    header, device = parse(data, name), hfd.device_of(model)
+    header, device = parse(data, name), model.device
     if rho > 0:
         need_diffusion(model, "use --rho 0, or ")
     clock = [hfd.clock(device)]
@@ -283,7 +293,7 @@ def run_compress(args):
     data, report = compress(image, model, args.quality, args.seed, 64 if args.plus else 0, args.refine,
                             progress("refining", args.refine))
     hfd.write_atomically(args.output, lambda f: f.write(data))
-    print(f"{args.output}: {len(data)} bytes for {image.width}x{image.height} pixels. bpp: {report['estimated']:.4f} estimated, "
+    print(f"{hfd.printable(args.output)}: {len(data)} bytes for {image.width}x{image.height} pixels. bpp: {report['estimated']:.4f} estimated, "
           f"{report['payload']:.4f} payload, {report['file']:.4f} file")
     print("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in report["seconds"].items()))
 
@@ -293,8 +303,8 @@ def run_decompress(args):
     check_target(args.output, args.force, picture=True)
     if not 0 <= args.rho <= 1:
         raise HFDError("--rho must lie in [0, 1]")
-    if min(args.steps, args.patch, args.batch) < 1 or args.context < 0:
-        raise HFDError("--steps, --patch and --batch must be at least 1, --context at least 0")
+    if not all(1 <= n <= 65535 for n in (args.steps, args.patch, args.batch)) or not 0 <= args.context <= 65535:
+        raise HFDError("--steps, --patch and --batch must be at least 1, --context at least 0, and all at most 65535")
     if args.eta is not None and not 0 < args.eta < math.inf:
         raise HFDError("--eta must be a number above 0")
     data = read_file(args.input)
@@ -303,7 +313,7 @@ def run_decompress(args):
     settings = {name: getattr(args, name) for name in ("steps", "sampler", "eta", "patch", "context", "grouped", "batch")}
     image, report = decompress(data, model, args.input, args.rho, args.seed, on_step=progress("sampling", args.steps), **settings)
     save_picture(image, args.output)
-    print(f"{args.output}: {image.width}x{image.height} pixels. seconds: " +
+    print(f"{hfd.printable(args.output)}: {image.width}x{image.height} pixels. seconds: " +
           ", ".join(f"{name} {s:.2f}" for name, s in report["seconds"].items()))
 
 
@@ -313,7 +323,7 @@ def run_info(args):
         raise HFDError("info takes an .hfd file, or --model for a checkpoint")
     if args.model:
         model = hfd.load_model(args.model)
-        print(f"{args.model}: HFD checkpoint, autoencoder {model.identity.hex()}")
+        print(f"{hfd.printable(args.model)}: HFD checkpoint, autoencoder {model.identity.hex()}")
         for network in filter(None, (model.autoencoder, model.diffusion)):
             print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters: {network.config}")
         for part, record in model.recipe.items():           # how each part was made, and what was measured
@@ -324,7 +334,7 @@ def run_info(args):
     data = read_file(args.input)
     header = parse(data, args.input)
     pixels = header["width"] * header["height"]
-    print(f"{args.input}: HFD file, version {VERSION}\n  size       {header['width']}x{header['height']} pixels\n"
+    print(f"{hfd.printable(args.input)}: HFD file, version {VERSION}\n  size       {header['width']}x{header['height']} pixels\n"
           f"  quality    {header['quality']}\n  seed       {header['seed']}\n  model      {header['identity'].hex()}\n"
           f"  HFD+ map   {'blocks of %d' % header['block'] if header['block'] else 'none'}\n"
           f"  bytes      {len(data)}: {HEADER_BYTES} header, {len(header['energy'])} map, {len(header['payload'])} latent\n"
@@ -408,7 +418,7 @@ def command_line():
     c.add_argument("output", help=".hfd file to write")
     for p in (demo, c):
         p.add_argument("--quality", type=int, default=2, metavar="Q", help="1 (smallest file) to 6 (best picture)")
-    c.add_argument("--plus", action="store_true", help="HFD+: add a map of the missing detail's energy, under 0.001 bpp")
+    c.add_argument("--plus", action="store_true", help="HFD+: add a map of the missing detail's energy, under 0.001 bpp for a photo")
     c.add_argument("--refine", type=int, default=0, metavar="N",
                    help="search a better latent for this picture in N steps: more for the same bits, slowly; 100 is a good number")
     c.add_argument("--seed", type=seed_number, default=0, help="seed of the sampler's noise, stored in the file")

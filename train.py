@@ -7,7 +7,7 @@
 
 The first export comes before stage 2, for an autoencoder in half precision is another one, which does not read the first one's files.
 Without --images both train on *dead leaves* that this file draws itself, so nothing needs to be downloaded. Any run can be
-stopped (Ctrl-C, or worse) and continued with --resume, and ends where it would have ended uninterrupted.
+stopped (Ctrl-C, or worse) and continued with --resume, and ends where it would have ended uninterrupted (on a CPU, bit for bit).
 With several GPUs: torchrun --nproc_per_node N train.py ...
 """
 import argparse
@@ -170,6 +170,8 @@ def fit(args, model, batch_loss, groups, checkpoint, photos, resumed):
             hfd.write_atomically(args.out, lambda f: torch.save(checkpoint(ema, recipe) | {"training": training}, f))
 
     try:
+        if not resumed:
+            save()                          # from the first moment on there is something to --resume
         while step < min(args.steps, args.pause_at or args.steps) and not interrupted():
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
             # The last quarter sees crops of twice the side (and a quarter as many): what the net learns near a
@@ -212,7 +214,7 @@ def fit(args, model, batch_loss, groups, checkpoint, photos, resumed):
     finally:
         signal.signal(signal.SIGINT, previous)
     if rank == 0:
-        print(f"{'stopped' if step < args.steps else 'finished'} at step {step}; saved {args.out}" +
+        print(f"{'stopped' if step < args.steps else 'finished'} at step {step}; saved {hfd.printable(args.out)}" +
               ("; continue with --resume" if step < args.steps else "") + f". {hfd.peak_memory(device)}")
 
 
@@ -256,7 +258,7 @@ def train_autoencoder(args, resumed=None):
         return hfd.pack(ema, tables, base and base.diffusion, lineage(base, "prior" if base else "autoencoder", recipe))
 
     def scale(name):
-        """The linear path starts at a good place, with entries of about 0.04: it is refined, ten times more slowly than the rest. The
+        """The linear path starts at a good place, with entries of about 0.02: it is refined, ten times more slowly than the rest. The
         prior's parameters are octaves, and weights that end up a hundred times larger than they start: they may move ten times as fast."""
         return 0.1 if "linear" in name else 10.0 if name.startswith("prior") else 1.0
 
@@ -296,7 +298,7 @@ def train_diffusion(args, resumed=None):
     @torch.no_grad()
     def pairs(x, q):
         """Crops (x, x_hat), each (B, 3, size, size), cut out of larger ones x, (B, 3, size + 2 MARGIN, size + 2 MARGIN), at levels q, (B,)."""
-        # Of rounded latents: what the decoder sees, but for a grain of about 0.01 that bfloat16 leaves here.
+        # Made from rounded latents, as the decoder makes it. (Where bfloat16 is used, that adds an error of about 0.01.)
         k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()                          # (B, M, h, w)
         x_hat = autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)             # (B, 3, ., .)
         return (t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat))
@@ -392,10 +394,10 @@ def command_line():
 
 def checked(args):
     """The flags of a training stage, if they make sense; else HFDError."""
-    if args.crop % hfd.CELL or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
-        raise HFDError("--crop must be a multiple of 16, --batch, --steps, --log-every and --save-every at least 1")
-    if not (0 < getattr(args, "eta", 1) < math.inf and 0 < args.lr < math.inf):
-        raise HFDError("--eta and --lr must be numbers above 0")
+    if args.crop % hfd.CELL or args.crop > 4096 or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
+        raise HFDError("--crop must be a multiple of 16 up to 4096, --batch, --steps, --log-every and --save-every at least 1")
+    if not all(0 < number < math.inf for number in (getattr(args, "eta", 1), args.lr, args.megapixels)):
+        raise HFDError("--eta, --lr and --megapixels must be numbers above 0")
     if getattr(args, "objective", "v") not in hfd.SCHEDULES or args.steps > 10 ** 9 or not 0 <= args.seed < 2 ** 32:    # of a forged checkpoint, too
         raise HFDError("--objective, --steps or --seed cannot be meant")
     return args
@@ -407,7 +409,7 @@ def lock_of(path):
     lock = open(f"{path}.lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise HFDError(f"{path}: another run is writing it. Wait for that, or choose another --out") from None
     for left in path.parent.iterdir():                      # by a run that was killed while it saved
         if re.fullmatch(re.escape(path.name) + r"\.\d+\.tmp", left.name):
@@ -427,11 +429,12 @@ def main(argv=None):
             stages["diffusion"].set_defaults(eta=denoiser.config.eta, objective=denoiser.config.objective, plain=not denoiser.config.preconditioned)
             args = parser.parse_args(argv)
     checked(args)
-    if os.path.exists(args.out) != args.resume:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    # Two runs writing one checkpoint would ruin both. (Of those that torchrun starts, only one writes.) Held until this function ends.
+    lock = lock_of(Path(args.out)) if world == 1 or os.environ["RANK"] == "0" else None
+    if os.path.exists(args.out) != args.resume:         # looked at under the lock, for a run that just ended may have saved it
         raise HFDError(f"{args.out}: " + ("no such checkpoint, so there is nothing to --resume" if args.resume else
                                           "exists already. --resume continues it; to start anew, name another --out or remove it"))
-    # Two runs writing one checkpoint would ruin both. (Of those that torchrun starts, only one writes.) Held until this function ends.
-    lock = lock_of(Path(args.out)) if os.environ.get("RANK", "0") == "0" else None
     resumed, commands = None, []                            # commands: all that made it, for the recipe
     if args.resume:     # what the checkpoint was trained with becomes the default; flags on the command line still win
         resumed = hfd.load_model(args.out)
@@ -452,7 +455,7 @@ def main(argv=None):
     if (line := "python train.py " + shlex.join(argv)) not in commands:
         commands.append(line)
     args.commands = commands
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world > 1:
         cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
         if cuda:            # each its own, before anything else is put on the first one
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():

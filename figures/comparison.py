@@ -2,7 +2,7 @@
 
     python -m figures.comparison --out figures
 
-The two samples come from one file, with two seeds. Where they agree, the file speaks; where they differ, the model invents.
+The two samples come from one file, with two seeds. Where they differ, the model invents; where they agree, it may still.
 """
 from PIL import Image
 

@@ -35,6 +35,7 @@ def main(argv=None):
     std = {level: 2 * np.sqrt(np.mean([10 ** (-psnr / 10) for psnr in run.blurry(level)["psnr_each"]])) for level in run.args.levels}
     curves, summary = {}, []
     for level in run.args.levels:
+        bests = {}                                          # of the nets so far, the point with the smallest distance
         for name, net in nets.items():
             etas = (ETAS if net is run.model.diffusion else FEWER)[::5 if run.args.quick else 1]
             points = curves[level, name] = {eta: run.sampled(f"level {level}, {name}, sampled at eta {eta:g}", level, net, eta=eta, steps=run.args.steps,
@@ -45,7 +46,12 @@ def main(argv=None):
             print(f"level {level}, {name}: residual {std[level]:.3f}, best " + ", ".join(f"{n} {points[e][n]:.2f} at eta {e:g}" for n, e in best.items()))
             if run.features:
                 row["fd_over_best"] = {eta: metrics.fd_ratio(point, points[best["fd"]]) for eta, point in points.items()}
-                print("    times the best: " + ", ".join(f"{e:g}: {r:.3f} [{low:.3f}, {high:.3f}]" for e, (r, low, high) in row["fd_over_best"].items()))
+                row["best_over"] = {other: metrics.fd_ratio(points[best["fd"]], point) for other, point in bests.items()}
+                bests[name] = points[best["fd"]]
+                listed = lambda ratios: ", ".join(f"{x}: {r:.3f} [{low:.3f}, {high:.3f}]" for x, (r, low, high) in ratios.items())
+                print("    times the best: " + listed(row["fd_over_best"]))
+                if row["best_over"]:
+                    print("    its best over that of others: " + listed(row["best_over"]))
             summary.append(row)
     figure, panels = common.axes(len(run.numbers), rows=len(run.args.levels), width=4.6, height=3.3)
     for level in run.args.levels:

@@ -58,7 +58,7 @@ def main(argv=None):
             except ValueError:                                      # nothing in common
                 numbers[number] = None
         numbers["psnr_change_by_sampling_db"] = [round(b[1] - a[1], 2) for a, b in zip(curves["autoencoder"], curves["HFD"])]
-        say = lambda number, unit: "nothing in common" if number is None else f"{number:+.1f} {unit}"
+        say = lambda number, unit: "nothing in common" if number is None else f"{number:+.2f} {unit}"
         print(f"{name:12} against WebP {say(numbers['bd_rate_percent'], '% bits')} at equal PSNR, {say(numbers['bd_psnr_db'], 'dB')} at equal bits; "
               f"sampling changes PSNR by {numbers['psnr_change_by_sampling_db'][run.args.level - 1]:+.2f} dB")
         data, _ = sample.compress(image, run.model, run.args.level)

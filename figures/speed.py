@@ -102,7 +102,7 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder, mock.patch("train.fit", instead):
             train.main([stage, "--out", f"{folder}/model.pt", *inputs, *more])
     device = hfd.pick_device(args.device)
-    text = json.dumps({"command": "python -m figures.speed", "hardware": hfd.hardware(device), "torch": str(torch.__version__),
+    text = json.dumps({"command": "python -m figures.speed --out figures", "hardware": hfd.hardware(device), "torch": str(torch.__version__),
                        "memory": hfd.peak_memory(device), "stages": results}, indent=1)
     os.makedirs(args.out, exist_ok=True)
     hfd.write_atomically(f"{args.out}/speed.json", lambda f: f.write((text + "\n").encode()))

@@ -16,11 +16,11 @@ import sample
 from hfd import HFDError
 
 CASES = int(os.environ.get("HOSTILE", 4000))
-KINDS = ("random bytes", "truncated", "extended", "one bit flipped", "bytes overwritten", "sections swapped", "header forged", "payload forged")
+KINDS = ("random bytes", "truncated", "extended", "one bit flipped", "bytes overwritten", "sections swapped", "header forged", "payload forged", "payload damaged")
 
 
 def hostile(kind, rng, real):
-    """One file of the given kind. Forged ones carry a checksum that is right and the model's own identity."""
+    """One file of the given kind. The last three carry a checksum that is right and the model's own identity."""
     data = bytearray(real[rng.integers(len(real))])
     if kind == "random bytes":          # half of them start as our files do
         return (sample.MAGIC + bytes([sample.VERSION]) if rng.random() < 0.5 else b"") + rng.bytes(int(rng.integers(0, 400)))
@@ -45,15 +45,19 @@ def hostile(kind, rng, real):
         bits = {"quality": 8, "block": 8, "width": 16, "height": 16, "seed": 32}
         field = list(bits)[rng.integers(len(bits))]
         header[field] = int(rng.integers(2 ** bits[field]))
-    else:
+    elif kind == "payload forged":
         payload = rng.bytes(int(rng.integers(0, 2 * len(payload))))
+    else:                               # true up to some place
+        at = int(rng.integers(len(payload)))
+        payload = payload[:at] + (b"", rng.bytes(1), rng.bytes(8))[rng.integers(3)] + payload[at + int(rng.integers(3)):]
     return sealed(payload, **header)
 
 
 def attack(model, real, cases, seed=0):
     """Decode `cases` hostile files. Returns a Counter of (kind, outcome); AssertionError on the first that misbehaves."""
     rng, outcomes = np.random.default_rng(seed), Counter()
-    pixels = {data: sample.decompress(data, model, rho=0)[0].tobytes() for data in real}
+    essence = lambda data: data[4:10] + data[sample.HEADER_BYTES:]          # all that the autoencoder's picture depends on: not the seed
+    pictures = {essence(data): sample.decompress(data, model, rho=0)[0].tobytes() for data in real}
     for case in range(cases):
         kind = KINDS[case % len(KINDS)]
         data, begin = hostile(kind, rng, real), time.perf_counter()
@@ -63,15 +67,18 @@ def attack(model, real, cases, seed=0):
                 sample.decode_latent(header, model, "hostile.hfd")      # enough to be refused; else it is a picture of that size
                 outcome = "large, latent decoded"
             else:
-                image, _ = sample.decompress(data, model, "hostile.hfd", rho=float(case % 32 == 7), steps=1)    # some forged ones are sampled
+                image, _ = sample.decompress(data, model, "hostile.hfd", rho=0)
                 assert image.size == (header["width"], header["height"])
-                outcome = "unharmed" if data in pixels and image.tobytes() == pixels[data] else "decoded as forged"
-                assert "forged" in kind or outcome == "unharmed", f"case {case}, {kind}: a wrong picture without a word"
+                outcome = "unharmed" if data in real else "decoded as forged"
+                assert kind in KINDS[6:] or outcome == "unharmed", f"case {case}, {kind}: damage went unnoticed"
+                assert image.tobytes() == pictures.get(essence(data), image.tobytes()), f"case {case}, {kind}: a wrong picture without a word"
+                if case % 4 == 0:       # and sampled
+                    sample.decompress(data, model, "hostile.hfd", steps=1)
         except HFDError as error:
             assert len(str(error).splitlines()) == 1
             outcome = "refused"
         seconds = time.perf_counter() - begin
-        assert seconds < 2 or outcome != "refused", f"case {case}, {kind}: refused after {seconds:.1f} s"
+        assert seconds < 2 or outcome == "large, latent decoded", f"case {case}, {kind}: {outcome} after {seconds:.1f} s"
         outcomes[kind, outcome] += 1
     return outcomes
 
@@ -116,4 +123,4 @@ def test_info_on_hostile_files(model, photo, tmp_path):
         except HFDError as error:
             refused += 1
             assert len(str(error).splitlines()) == 1 and "hostile.hfd" in str(error)
-    assert 600 < refused < 800
+    assert 500 < refused < 800         # two thirds, and what is forged badly
