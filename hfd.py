@@ -655,8 +655,8 @@ def sample_picture(diffusion, x_hat, q, steps=STEPS, sampler=None, seed=0, eta=N
 # Housekeeping: checkpoints, devices, errors -----------------------------------------------------------
 
 FORMAT = "hfd checkpoint 3"
-CALLED = r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_tensor_v2|_codecs encode"      # by a checkpoint's pickle
-CPU = getattr(torch.cpu, "get_capabilities", dict)()         # what torch knows of this machine's; older versions know nothing
+ALLOWED = r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_tensor_v2|_codecs encode"      # by a checkpoint's pickle
+CPU_FEATURES = getattr(torch.cpu, "get_capabilities", dict)()         # what torch knows of this machine's; older versions know nothing
 
 
 class HFDError(Exception):
@@ -711,8 +711,12 @@ class Model:
     tables: Tables
     recipe: dict
     identity: bytes
-    device: torch.device
     training: dict = None
+
+    @property
+    def device(self):
+        """Where its weights are."""
+        return self.autoencoder.log_step.device
 
 
 def fingerprint(*tensor_dicts):
@@ -737,22 +741,22 @@ def pack(autoencoder, tables, diffusion, recipe, half=False):
     return packed | {"digest": fingerprint(packed["tables"], packed["autoencoder"]["weights"], packed["diffusion"]["weights"])}
 
 
-def tangled(pickled):
+def is_trap(pickled):
     """Whether a pickle, bytes, is a trap: forty lists, each of which holds the one before it twice, are 300 bytes, and who goes through the
     last (or hashes a tuple made so) never comes back; tuples nested a million deep crash Python; and torch itself would call what makes
-    gigabytes out of nothing. What train.py writes is at most some 100,000 bytes, repeats two, has about 3,000 tuples, and asks for CALLED alone."""
+    gigabytes out of nothing. What train.py writes repeats three, has about 3,000 tuples, and calls nothing but what is ALLOWED."""
     containers, here, repeated, tuples = set(), False, 0, 0     # slots of the pickle's memory; whether the topmost value is a container
-    for operation, slot, _ in pickletools.genops(pickled):
-        if "GLOBAL" in operation.name and not re.fullmatch(CALLED, str(slot)):
+    for operation, value, _ in pickletools.genops(pickled):     # (integers beyond 2^53 can be made to have one hash, all of them)
+        if "GLOBAL" in operation.name and not re.fullmatch(ALLOWED, str(value)) or isinstance(value, int) and abs(value) > 2 ** 53:
             return True
-        again = operation.name.endswith("GET") and slot in containers
+        # A codec counts as a container: each time it is called it may double what it is given.
+        again = value == "_codecs encode" or operation.name.endswith("GET") and value in containers
         repeated, tuples = repeated + again, tuples + ("TUPLE" in operation.name)
-        if operation.stack_after:       # (a codec counts, too: called forty times in turn, it may double what it is given)
-            kinds = "TUPLE", "LIST", "DICT", "SET", "APPEND", "REDUCE", "BUILD", "OBJ"
-            here = again or slot == "_codecs encode" or any(kind in operation.name for kind in kinds)
+        if operation.stack_after:
+            here = again or any(kind in operation.name for kind in ("TUPLE", "LIST", "DICT", "SET", "APPEND", "REDUCE", "BUILD", "OBJ"))
         elif operation.name.endswith("PUT") and here:
-            containers.add(slot)
-    return repeated > 4 or tuples > 20_000 or len(pickled) > 2_000_000
+            containers.add(value)
+    return repeated > 4 or tuples > 20_000
 
 
 def read_checkpoint(path):
@@ -767,7 +771,8 @@ def read_checkpoint(path):
             if min(member.header_offset for member in members.values()) > 0 or len(members) < len(archive.infolist()) or sum(
                     member.file_size for member in members.values()) > os.path.getsize(path):
                 raise ValueError
-            if archive.testzip() or any(tangled(archive.read(member)) for name, member in members.items() if name.endswith(".pkl")):
+            pickles = [member for name, member in members.items() if name.endswith(".pkl")]         # 72,000 bytes at most, from train.py
+            if max(member.file_size for member in pickles) > 500_000 or archive.testzip() or any(is_trap(archive.read(member)) for member in pickles):
                 raise ValueError
         with warnings.catch_warnings(action="ignore"):      # torch's remarks on foreign pickles; they are refused anyway
             packed = torch.load(path, map_location="cpu", weights_only=True)
@@ -840,7 +845,7 @@ def load_model(path, device="cpu"):
         identity = fingerprint(autoencoder.state_dict(), packed["tables"])[:4]
     for module in filter(None, (autoencoder, diffusion)):
         module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-    return Model(autoencoder, diffusion, tables, recipe, identity, autoencoder.log_step.device, packed.get("training"))
+    return Model(autoencoder, diffusion, tables, recipe, identity, packed.get("training"))
 
 
 def pick_device(name="auto"):
@@ -866,7 +871,7 @@ def fast_bf16(device):
     Intel's without AMX take almost twice as long. (With AMX they should be faster; that was not measured.)"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = CPU if device.type == "cpu" else {}
+    known = CPU_FEATURES if device.type == "cpu" else {}
     return bool(known.get("amx_bf16") or known.get("avx512_bf16") and "AMD" in known.get("cpu_name", ""))
 
 
@@ -874,7 +879,7 @@ def hardware(device):
     """What this runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = CPU.get("cpu_name", platform.processor())
+    name = CPU_FEATURES.get("cpu_name", platform.processor())
     return f"{device.type.upper()}, {name}, {torch.get_num_threads()} threads" + (", bfloat16" if fast_bf16(device) else "")
 
 

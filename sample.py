@@ -43,7 +43,7 @@ MAGIC, VERSION = b"HFD", 3
 HEADER = struct.Struct(">3sBBBHHI4s")       # without the checksum, which follows it
 HEADER_BYTES = HEADER.size + 4
 MAX_PIXELS = 100_000_000                    # stated limit of a picture; a larger one is refused before any memory is taken
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2    # and by Pillow, at twice what this says: also where formats hide a picture inside another
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2    # Pillow refuses at twice this, also a picture that is hidden in another's file, an icon's say
 MODEL = str(Path(__file__).parent / "checkpoints" / "hfd.pt")
 
 # Pictures in and out ----------------------------------------------------------------------------------
@@ -84,8 +84,9 @@ def open_picture(path):
             if profile:
                 try:
                     source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-                    converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-                    # Most profiles are sRGB's own, under one name or another: then rounding is all that happens, and the original stays.
+                    given = image.convert("L") if source.profile.xcolor_space.strip() == "GRAY" else image
+                    converted = ImageCms.profileToProfile(given, source, target, outputMode="RGB")
+                    # Most profiles are sRGB's own, under one name or another: a change of 2/255 is not worth one more rounding.
                     if image.mode != "RGB" or np.max(ImageChops.difference(image, converted).getextrema()) > 2:
                         image = converted
                         remarks.append("colours are converted to sRGB")
@@ -117,7 +118,8 @@ def check_target(path, force, picture=False):
         raise HFDError(f"{path}: is a folder or a device; name a file")
     if os.path.exists(path) and not force:
         raise HFDError(f"{path}: exists already; --force overwrites it")
-    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+    folder = os.path.dirname(os.path.abspath(path))
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
         raise HFDError(f"{path}: its folder does not exist, or may not be written to")
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if picture and (kind not in Image.SAVE or kind in ("ICO", "ICNS")):         # icons change a picture's size
@@ -396,7 +398,7 @@ def run_demo(args):
         print(f"(JPEG cannot go lower: this is its quality {quality})")
     print(f"bpp of the HFD file: {report['estimated']:.4f} estimated, {report['payload']:.4f} payload, {report['file']:.4f} file")
     print("seconds: " + ", ".join(f"{n} {s:.2f}" for n, s in (report["seconds"] | decoding["seconds"]).items()))
-    print("wrote " + ", ".join(paths))
+    print("wrote " + hfd.printable(", ".join(paths)))
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -414,7 +416,7 @@ def command_line():
     demo = commands.add_parser("demo", help="compress and decode a portrait, and compare", **show)
     demo.add_argument("--out", metavar="DIR", default="demo", help="folder for what it writes")
     c = commands.add_parser("compress", help="picture to .hfd file", **show)
-    c.add_argument("input", help="any picture that Pillow opens")
+    c.add_argument("input", help="any picture that Pillow opens, if it has 8 or 16 bits and is no PostScript")
     c.add_argument("output", help=".hfd file to write")
     for p in (demo, c):
         p.add_argument("--quality", type=int, default=2, metavar="Q", help="1 (smallest file) to 6 (best picture)")

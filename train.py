@@ -170,8 +170,6 @@ def fit(args, model, batch_loss, groups, checkpoint, photos, resumed):
             hfd.write_atomically(args.out, lambda f: torch.save(checkpoint(ema, recipe) | {"training": training}, f))
 
     try:
-        if not resumed:
-            save()                          # from the first moment on there is something to --resume
         while step < min(args.steps, args.pause_at or args.steps) and not interrupted():
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
             # The last quarter sees crops of twice the side (and a quarter as many): what the net learns near a
@@ -208,7 +206,7 @@ def fit(args, model, batch_loss, groups, checkpoint, photos, resumed):
                     left = timedelta(seconds=round((args.steps - step) * seconds))
                     print(f"step {step:6d}/{args.steps}  {numbers}  {images:.1f} images/s  {left} left", flush=True)
                 seen, mark = [], time.time()
-            if step % args.save_every == 0 and step < args.steps:
+            if (step == 1 or step % args.save_every == 0) and step < args.steps:     # from the first step on there is something to --resume
                 save()
         save()                              # still deaf to Ctrl-C: somebody who presses it twice must not lose this
     finally:
@@ -289,7 +287,7 @@ def train_diffusion(args, resumed=None):
                            f"closed-form start and for {old.levels} levels; {'--resume' if resumed else '--finetune'} cannot change that")
         config = replace(old, eta=args.eta, objective=args.objective)
         if resumed and hfd.fingerprint(resumed.autoencoder.state_dict()) != hfd.fingerprint(autoencoder.state_dict()):
-            print(f"note: {args.autoencoder} is not the autoencoder of {args.out}; the residual's spread stays what it was there")
+            print(f"note: {hfd.printable(args.autoencoder)} is not the autoencoder of {hfd.printable(args.out)}; the residual's spread stays what it was there")
     photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels, args.seed)
     model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
     if known:
@@ -352,7 +350,7 @@ def export(args):
         except (ValueError, KeyError, TypeError, AttributeError):
             raise HFDError(f"{args.results}: not what figures.rate_distortion writes about this model (measure the exported file)") from None
     hfd.write_atomically(args.out, lambda f: torch.save(packed, f))
-    print(f"wrote {args.out}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
+    print(f"wrote {hfd.printable(args.out)}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
 
 
 def command_line():
@@ -396,7 +394,7 @@ def checked(args):
     """The flags of a training stage, if they make sense; else HFDError."""
     if args.crop % hfd.CELL or args.crop > 4096 or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
         raise HFDError("--crop must be a multiple of 16 up to 4096, --batch, --steps, --log-every and --save-every at least 1")
-    if not all(0 < number < math.inf for number in (getattr(args, "eta", 1), args.lr, args.megapixels)):
+    if not (0 < getattr(args, "eta", 1) < math.inf and 0 < args.lr < math.inf and args.megapixels > 0):
         raise HFDError("--eta, --lr and --megapixels must be numbers above 0")
     if getattr(args, "objective", "v") not in hfd.SCHEDULES or args.steps > 10 ** 9 or not 0 <= args.seed < 2 ** 32:    # of a forged checkpoint, too
         raise HFDError("--objective, --steps or --seed cannot be meant")
@@ -411,6 +409,8 @@ def lock_of(path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise HFDError(f"{path}: another run is writing it. Wait for that, or choose another --out") from None
+    except OSError as error:                                # some network file systems know no locks
+        raise HFDError(f"{path}.lock: cannot be locked ({error.strerror}); choose an --out on another disk") from None
     for left in path.parent.iterdir():                      # by a run that was killed while it saved
         if re.fullmatch(re.escape(path.name) + r"\.\d+\.tmp", left.name):
             left.unlink()
@@ -429,12 +429,13 @@ def main(argv=None):
             stages["diffusion"].set_defaults(eta=denoiser.config.eta, objective=denoiser.config.objective, plain=not denoiser.config.preconditioned)
             args = parser.parse_args(argv)
     checked(args)
+    if args.resume and not os.path.exists(args.out):
+        raise HFDError(f"{args.out}: no such checkpoint, so there is nothing to --resume")
     world = int(os.environ.get("WORLD_SIZE", 1))
     # Two runs writing one checkpoint would ruin both. (Of those that torchrun starts, only one writes.) Held until this function ends.
-    lock = lock_of(Path(args.out)) if world == 1 or os.environ["RANK"] == "0" else None
-    if os.path.exists(args.out) != args.resume:         # looked at under the lock, for a run that just ended may have saved it
-        raise HFDError(f"{args.out}: " + ("no such checkpoint, so there is nothing to --resume" if args.resume else
-                                          "exists already. --resume continues it; to start anew, name another --out or remove it"))
+    lock = lock_of(Path(args.out)) if world == 1 or os.environ.get("RANK", "0") == "0" else None
+    if os.path.exists(args.out) and not args.resume:    # looked at under the lock, for a run that just ended may have saved it
+        raise HFDError(f"{args.out}: exists already. --resume continues it; to start anew, name another --out or remove it")
     resumed, commands = None, []                            # commands: all that made it, for the recipe
     if args.resume:     # what the checkpoint was trained with becomes the default; flags on the command line still win
         resumed = hfd.load_model(args.out)

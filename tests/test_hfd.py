@@ -378,7 +378,7 @@ def test_bfloat16_is_used_where_it_pays(monkeypatch):
     for capabilities, expected in (({}, False), ({"cpu_name": "AMD EPYC"}, False), ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
                                    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
                                    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True)):
-        monkeypatch.setattr(hfd, "CPU", capabilities)
+        monkeypatch.setattr(hfd, "CPU_FEATURES", capabilities)
         assert hfd.fast_bf16(torch.device("cpu")) is expected
 
 
