@@ -85,9 +85,7 @@ def test_numbers_in_the_readme_come_from_the_results(shipped):
     weights = hfd.fingerprint(shipped.autoencoder.state_dict(), shipped.diffusion.state_dict()).hex()[:16]
     for path in (ROOT / "figures").glob("*.json"):
         about = json.loads(path.read_text()).get("about")
-        # Some show nothing that depends on the bytes, and are from before the present prior. The README names them, and what it was then.
-        earlier = about and about["model"]["autoencoder"] in ("aef277f4", "a5024d26") and path.stem in re.search(r"Measured with earlier priors \((.*?)\)", README)[1]
-        assert not about or earlier or about["model"]["weights"] == weights, f"{path.name} was measured with another model"
+        assert not about or about["model"]["weights"] == weights, f"{path.name} was measured with another model"
     assert shipped.recipe["measured"]["level 1"].endswith("FD {:.1f}".format(results["points"]["level 1"]["variants"]["HFD"]["fd"]))
     rows = re.findall(r"^\| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
     assert len(rows) == 6
