@@ -181,7 +181,8 @@ POWERS = np.array([power >> 61 - octave for octave in range(62) for power in _to
 
 
 def octaves_of(n):
-    """OCTAVE * log2 n, rounded, of an array of integers n from 1 to 2^61. (n is whole: it is above a power just if it is above the power rounded down.)"""
+    """OCTAVE * log2 n, rounded, of an array of integers n from 1 to 2^61. (n is whole, so it is above a power exactly if it is above that
+    power rounded down.)"""
     return np.searchsorted(POWERS, n) - 1
 
 
