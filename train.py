@@ -1,22 +1,22 @@
 """Learning: both stages, from any folder of pictures, on a GPU or a laptop.
 
-    python train.py autoencoder --images PHOTOS --out runs/autoencoder.pt
-    python train.py export runs/autoencoder.pt runs/ae_half.pt
-    python train.py diffusion --autoencoder runs/ae_half.pt --images PHOTOS --out runs/hfd.pt
-    python train.py export runs/hfd.pt runs/hfd_half.pt
+    python train.py autoencoder --images PHOTOS --out runs/mine
+    python train.py diffusion --images PHOTOS --out runs/mine
 
-The first export comes before stage 2, for an autoencoder in half precision is another one, which does not read the first one's files.
-Without --images both train on *dead leaves* that this file draws itself, so nothing needs to be downloaded. Any run can be
-stopped (Ctrl-C, or worse) and continued with --resume, and ends where it would have ended uninterrupted (on a CPU, bit for bit).
-With several GPUs: torchrun --nproc_per_node N train.py ...
+Each stage writes its part of the model in runs/mine at every save, ready to use (sample.py --model
+runs/mine), and beside it, in NAME.training.npz, what --resume needs. Without --images both train on
+*dead leaves* that this file draws itself, so nothing needs to be downloaded. Any run can be stopped
+(Ctrl-C, or worse) and continued with --resume, and ends where it would have ended uninterrupted (on
+a CPU, bit for bit). With several GPUs: torchrun --nproc_per_node N train.py ...
 """
 import argparse
+import contextlib
 import copy
 import fcntl
-import json
 import math
 import os
-import re
+import platform
+import resource
 import shlex
 import signal
 import sys
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import entropy
@@ -35,438 +36,604 @@ import hfd
 import sample
 from hfd import HFDError
 
-# Pictures to learn from -------------------------------------------------------------------------------
+# Pictures to learn from ---------------------------------------------------------------------------
 
 
 def dead_leaves(size, rng):
-    """A dead leaves picture, uint8 (size, size, 3): discs that fall on one another until nothing shows through.
+    """A dead leaves picture, uint8 (size, size, 3): discs that fall on one another until nothing
+    shows through. rng: a NumPy Generator.
 
-    The simplest model of why photographs look as they do (Lee, Mumford & Huang 2001): the world is made of
-    objects that hide each other, and they come in all sizes, so the radius r has density r^-3. That gives images edges,
-    flat parts, and statistics that do not change with scale. Drawn at twice the size, then halved, for smooth edges.
-    rng: a NumPy Generator.
-    """
+    The simplest model of why photographs look as they do (Lee, Mumford & Huang 2001): the world is
+    made of objects that hide each other, and they come in all sizes, so the radius r has the
+    density r^-3. That gives edges, flat parts, and statistics that do not change with scale. Drawn
+    at twice the size, then halved, for smooth edges."""
     big = 2 * size
     canvas = Image.new("RGB", (big, big))
     draw = ImageDraw.Draw(canvas)
     smallest, largest = 6.0, big / 2
-    # The mean area of a disc is 2 pi smallest^2 log(largest / smallest). Ten times the canvas, in all, leaves e^-10 bare.
-    count = int(10 * (1.2 * big) ** 2 / (2 * math.pi * smallest ** 2 * math.log(largest / smallest)))
-    for u, x, y, grey, *others in rng.random((count, 6)):   # a shade of grey: red follows it closely, green and blue stray
-        # Inverse transform sampling: if u is uniform, this radius has density ~ r^-3 between the two limits.
+    # A disc's mean area is 2 pi smallest^2 log(largest / smallest). Ten times the canvas in all
+    # leaves e^-10 of it bare.
+    area = 2 * math.pi * smallest ** 2 * math.log(largest / smallest)
+    for u, x, y, grey, *others in rng.random((int(10 * (1.2 * big) ** 2 / area), 6)):
+        # Inverse transform sampling: if u is uniform, this radius has density ~ r^-3.
         r = (smallest ** -2 + u * (largest ** -2 - smallest ** -2)) ** -0.5
         x, y = (x * 1.2 - 0.1) * big, (y * 1.2 - 0.1) * big
+        # A shade of grey: red follows it closely, green and blue stray.
         colour = tuple(int(255 * min(max(grey + 0.3 * (c - 0.5), 0), 1)) for c in (grey, *others))
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     return np.asarray(canvas.resize((size, size), Image.BOX))
 
 
+# What people compress comes from cameras as it is: soft, with half the colour resolution, well or
+# badly exposed. Photographs that were reduced to train on are crisp to the last pixel, in colour
+# too, and a denoiser that has seen only these puts coloured specks into others. So a share of the
+# crops is varied: resized by a factor of ZOOM, and as often, but each by itself, ...
+ZOOM = (0.7, 1.5)
+GAMMA = 0.3             # ... exposed anew, by an exponent within exp(+-GAMMA)
+
+
+def varied(crop, size, soft_colour, gamma):
+    """A window (3, h, h) in [0, 1] as another camera might have given it, (3, size, size): resized,
+    with colour at half the resolution or not, and exposed anew."""
+    crop = crop[None]                                                           # (1, 3, h, h)
+    if crop.shape[2] != size:
+        crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)
+    if soft_colour:
+        grey = crop.mean(dim=1, keepdim=True)                                   # (1, 1, size, size)
+        colour = F.avg_pool2d(crop - grey, 2)                                  # (1, 3, size / 2, .)
+        crop = grey + F.interpolate(colour, scale_factor=2, mode="bilinear")    # (1, 3, size, size)
+    return crop[0].clamp(0, 1) ** gamma
+
+
 def picture_files(folder):
-    """The paths of all pictures in a folder and those below it, sorted: what bears the ending of a format that Pillow knows."""
-    return sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".") and
-                  p.suffix.lower() in Image.registered_extensions())
-
-
-def read_pictures(names):
-    """The picture files that can be read, one after the other, each as uint8 (H, W, 3), upright. The others are named and skipped."""
-    for name in names:
-        try:
-            yield np.asarray(sample.open_picture(name)[0])
-        except HFDError as error:
-            print(hfd.printable(f"warning: {error}; skipped"), file=sys.stderr)
+    """The paths of all pictures in a folder and those below it, sorted, or of the one picture that
+    is named. Hidden ones are left out (thumbnails, mostly), and links to folders are not
+    followed."""
+    if os.path.isfile(folder):
+        return [Path(folder)]
+    found = [path for path in Path(folder).rglob("*") if path.is_file() and not any(
+        part.startswith(".") for part in path.relative_to(folder).parts)]
+    known = Image.registered_extensions()
+    for path in found:
+        if path.suffix.lower() in (".heic", ".heif", ".raw", ".dng", ".cr2", ".nef"):
+            print(f"note: {path}: skipped, for Pillow cannot read it", file=sys.stderr)
+    return sorted(path for path in found if path.suffix.lower() in known)
 
 
 class Photos:
-    """Every picture of a folder, decoded once and kept as uint8 on the device that trains.
+    """Every picture of a folder, decoded once and kept as uint8 on the device that trains: decoding
+    on the fly is what usually starves a GPU, and a few hundred photographs fit into memory.
 
-    Decoding JPEGs on the fly is what usually starves a GPU; a few hundred photographs fit into memory as they are."""
+    Bad files are named and skipped; pictures with a side below `smallest` are continued by
+    mirroring; reading stops, and says so, at `megapixels`. HFDError if nothing is left."""
 
-    def __init__(self, folder, smallest, device, megapixels, seed):
-        """Raises HFDError if there is nothing to read. Bad files are named and skipped. Pictures with a side below
-        `smallest` are continued by mirroring. Reading stops, and says so, at `megapixels` in all."""
-        self.images, rng, total = [], np.random.default_rng(seed), 0
-        if folder is None:
-            pictures = (dead_leaves(256, rng) for _ in range(64))
-        else:
-            names = picture_files(folder)
-            rng.shuffle(names)
-            pictures = read_pictures(names)
-        for array in pictures:
-            array = np.pad(array, [(0, max(0, smallest - side)) for side in array.shape[:2]] + [(0, 0)], mode="symmetric")
-            self.images.append(torch.from_numpy(array).permute(2, 0, 1).contiguous().to(device))            # (3, H, W)
+    def __init__(self, folder, smallest, device, megapixels, variety, seed):
+        self.variety = variety
+        self.images, total, rng = [], 0, np.random.default_rng(seed)
+        names = picture_files(folder) if folder else [None] * 64
+        rng.shuffle(names)
+        for name in names:
+            try:
+                array = np.array(sample.open_picture(name)[0]) if name else dead_leaves(256, rng)
+            except HFDError as error:
+                print(f"warning: {error}; skipped", file=sys.stderr)
+                continue
+            pad = [(0, max(0, smallest - side)) for side in array.shape[:2]] + [(0, 0)]
+            array = np.pad(array, pad, mode="symmetric")                            # (H, W, 3)
+            self.images.append(torch.from_numpy(array).permute(2, 0, 1).contiguous().to(device))
             total += array.shape[0] * array.shape[1] / 1e6
             if total > megapixels:
-                print(f"warning: stopped reading after {total:.0f} megapixels; --megapixels raises the limit", file=sys.stderr)
+                print(f"warning: read only {total:.0f} megapixels; see --megapixels",
+                      file=sys.stderr)
                 break
         if not self.images:
-            raise HFDError(f"{folder}: no pictures found there. Give --images a folder of pictures, or leave it out to train on dead leaves")
-        self.description = f"{len(self.images)} pictures, {total:.0f} megapixels" if folder is not None else "dead leaves"
+            raise HFDError(f"{folder}: no pictures found there; name another folder with --images, "
+                           "or none to train on dead leaves")
+        kind = "pictures" if folder else "dead leaves"
+        self.description = f"{len(self.images)} {kind}, {total:.0f} megapixels"
 
     def crops(self, count, size):
-        """Random crops (count, 3, size, size) in [-1, 1], each mirrored half of the time. Uses torch's global seed."""
-        batch = []
-        for n, i, j, mirror in torch.rand(count, 4).tolist():
-            image = self.images[int(n * len(self.images))]                                      # (3, H, W)
-            i, j = int(i * (image.shape[1] - size + 1)), int(j * (image.shape[2] - size + 1))
-            crop = image[:, i:i + size, j:j + size]                                             # (3, size, size)
+        """Random crops (count, 3, size, size) in [-1, 1], a share of them `varied`, each mirrored
+        half of the time. Uses torch's global seed."""
+        batch, share = [], self.variety
+        for n, i, j, zoom, soft, light, mirror in torch.rand(count, 7).tolist():
+            image = self.images[int(n * len(self.images))]                      # (3, H, W)
+            factor = ZOOM[0] * (ZOOM[1] / ZOOM[0]) ** (zoom / share) if zoom < share else 1
+            gamma = math.exp(GAMMA * (2 * light / share - 1)) if light < share else 1
+            side = min(round(size / factor), *image.shape[1:])
+            i, j = int(i * (image.shape[1] - side + 1)), int(j * (image.shape[2] - side + 1))
+            crop = image[:, i:i + side, j:j + side].float() / 255               # (3, side, side)
+            crop = varied(crop, size, soft < share, gamma)                      # (3, size, size)
             batch.append(crop.flip(2) if mirror < 0.5 else crop)
-        return torch.stack(batch).float() / 127.5 - 1
+        return torch.stack(batch) * 2 - 1
 
 
-# The loop that both stages share ----------------------------------------------------------------------
-
-EMA = 0.999         # decay of the averaged weights
+# Optimizers ---------------------------------------------------------------------------------------
 
 
-def fit(args, model, batch_loss, groups, checkpoint, photos, resumed):
-    """Minimise batch_loss(model, crop_size, batch_size) -> {"loss": ..., other named numbers}, to args.steps.
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), for the convolutions inside the blocks.
 
-    groups: optimizer parameter groups, each with its learning-rate factor "scale".
-    checkpoint(ema, recipe): the dictionary to save, of the averaged model and how it was made. photos: what the recipe describes.
-    resumed: the Model to go on from, or None.
+    A gradient of a matrix is dominated by a few directions, and so is a step along it; the others,
+    which may matter as much, hardly move. So take the nearest matrix with orthonormal rows instead,
+    U V^T if the momentum is U S V^T: every direction moves equally far."""
 
-    Every random number of step n comes from the seed (args.seed, n, rank). So a checkpoint need not store any random
-    state, and a resumed run sees the very crops and noise that it would have seen.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = hfd.pick_device(args.device)
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        """Update each parameter (outputs, inputs, 3, 3) by its gradient."""
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
+                ahead = p.grad + 0.95 * momentum                                    # Nesterov's
+                by_shape.setdefault(p.shape, []).append((p, ahead))
+            for shape, pairs in by_shape.items():           # those of one shape at once
+                steps = torch.stack([ahead.reshape(shape[0], -1) for _, ahead in pairs])
+                for (p, _), step in zip(pairs, orthonormal(steps)):
+                    p.sub_(step.view(shape), alpha=group["lr"])
+
+
+def orthonormal(matrices):
+    """The nearest matrices with orthonormal rows, nearly: (G G^T)^(-1/2) G of each G in (n, rows,
+    columns), rows <= columns.
+
+    Five Newton-Schulz steps. Each applies to the singular values a polynomial that pulls them
+    towards 1: x -> 3.4445 x - 4.7750 x^3 + 2.0315 x^5. As it is odd, all of it can be done on the
+    small G G^T, which costs a third of the usual way."""
+    G = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)             # (n, rows, columns)
+    gram = G @ G.mT                                                                # (n, rows, rows)
+    one = torch.eye(gram.shape[1], device=G.device)
+    root = one                                                                      # gram^(-1/2)
+    for _ in range(5):
+        p = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+        root, gram = p @ root, p @ gram @ p
+    return root @ G
+
+
+# The loop that both stages share ------------------------------------------------------------------
+
+
+def fit(run, batch_loss):
+    """Minimise batch_loss(step, crop size, batch size) -> {"loss": ..., other named scalars}.
+
+    Every random number of step n comes from the seed and n alone. So a saved run need not hold any
+    random state, and a resumed one sees the very crops and noise that it would have seen."""
+    args, model, device = run.args, run.model, run.device
     bf16 = hfd.fast_bf16(device)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
-    ema = copy.deepcopy(model)          # an exponential moving average of the weights is a better model than any single step's
-    step, minutes = 0, 0.0
-    if resumed:
-        with hfd.refusing_damage(args.out):
-            state = resumed.training
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            step, minutes, moments = int(state["step"]), float(state["minutes"]), state["optimizer"]["state"]
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            if step < 0 or not all(own["step"].numel() == 1 and own["exp_avg"].shape == own["exp_avg_sq"].shape == parameters[i].shape
-                                   for i, own in moments.items()):
-                raise ValueError("its optimizer's state cannot be meant")
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
-    stop = []                                               # Ctrl-C asks the loop to end after the step that it is in
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    begin = mark = time.time()
-    seen = []                                               # what the steps since the last line of progress said
-
-    def interrupted():
-        """Whether Ctrl-C was pressed, on any of the processes."""
-        asked = torch.tensor(len(stop), device=device)
-        if world > 1:
-            dist.all_reduce(asked)                          # all processes must leave the loop at the same step
-        return bool(asked)
-
-    def save():
-        """Write the checkpoint: what a user needs, and under training what --resume needs."""
-        if rank == 0:
-            training = {"step": step, "minutes": minutes + (time.time() - begin) / 60, "args": vars(args), "stage": args.stage,
-                        "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            recipe = {"command": ", then ".join(args.commands), "data": photos.description, "seed": args.seed,
-                      "steps": step, "hardware": hfd.hardware(device), "minutes": round(training["minutes"], 1),
-                      "torch": str(torch.__version__)}
-            hfd.write_atomically(args.out, lambda f: torch.save(checkpoint(ema, recipe) | {"training": training}, f))
-
-    try:
-        while step < min(args.steps, args.pause_at or args.steps) and not interrupted():
-            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-            # The last quarter sees crops of twice the side (and a quarter as many): what the net learns near a
-            # crop's border, where it lacks context, then weighs less.
-            late = step >= 0.75 * args.steps
-            size, batch = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
-            warm_up = min(1.0, (step + 1) / max(args.warmup, 1))
+    while run.goes_on():
+        step = run.step
+        run.seed(step)
+        # The last quarter sees crops of twice the side, and a quarter as many: what the net learns
+        # near a crop's border, where it lacks context, then weighs less.
+        late = step >= 0.75 * args.steps
+        size, batch = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+        rate = min(1, (step + 1) / args.warmup) * cosine
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            terms = batch_loss(step, size, batch)
+        terms["loss"].backward()
+        run.share_gradients()
+        terms["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in run.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * group["scale"] * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                terms = batch_loss(wrapped, size, batch)
-            terms["loss"].backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for name, value in (("loss", terms["loss"]), ("gradient", norm)):       # either could spoil the weights
-                if not math.isfinite(value.item()):
-                    raise HFDError(f"the {name} is {value.item()} at step {step}: stopped. If {args.out} was saved before, it holds the "
-                                   f"last good state; continue from it with --resume and a lower --lr")
+                group["lr"] = group["peak"] * rate
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            decay = min(EMA, step / (step + 10))            # at first, over the last tenth of the steps only
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-            seen.append({name: value.item() for name, value in terms.items()} | {"images": batch * world})
-            if step % args.log_every == 0 or step == args.steps:
-                seconds = (time.time() - mark) / len(seen)                                      # per step
-                shown = {name: sum(said[name] for said in seen) / len(seen) for name in seen[0]}
-                images = shown.pop("images") / seconds
-                if "mse" in shown:
-                    shown["PSNR"] = 10 * math.log10(255 ** 2 / shown.pop("mse"))
-                if rank == 0:
-                    numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-                    left = timedelta(seconds=round((args.steps - step) * seconds))
-                    print(f"step {step:6d}/{args.steps}  {numbers}  {images:.1f} images/s  {left} left", flush=True)
-                seen, mark = [], time.time()
-            if (step == 1 or step % args.save_every == 0) and step < args.steps:     # from the first step on there is something to --resume
-                save()
-        save()                              # still deaf to Ctrl-C: somebody who presses it twice must not lose this
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if rank == 0:
-        print(f"{'stopped' if step < args.steps else 'finished'} at step {step}; saved {hfd.printable(args.out)}" +
-              ("; continue with --resume" if step < args.steps else "") + f". {hfd.peak_memory(device)}")
+        run.step_done(batch * size ** 2, terms)
+    run.end()
 
 
-def lineage(base, part, recipe):
-    """The record of a model that goes on from `base`, if any: what is told of that, and how this part was made."""
-    told = dict(base.recipe) if base else {}
-    told.pop("measured", None)                              # on another model
-    return told | {part: recipe}
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP      # Ctrl-C, a batch queue, a closed laptop
 
 
-# Stage 1: rate + lambda * MSE -------------------------------------------------------------------------
+class Run:
+    """What surrounds the loop: seeds, saving and resuming, progress, signals, several GPUs.
+
+    `step` counts the steps done; `status`: 0, or what to exit with. part: what the files are
+    called, "autoencoder" or "denoiser". photos: what the recipe tells of. more: what else to write
+    into what ships."""
+
+    def __init__(self, args, part, device, model, optimizers, photos, **more):
+        self.args, self.device, self.model, self.optimizers = args, device, model, optimizers
+        self.photos, self.more, self.world = photos, more, int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.part = Path(args.out, part + ".npz")
+        self.state = self.part.with_suffix(".training.npz")
+        # The average of the weights over the last tenth of all steps is a better model than those
+        # of any one step (a memory that grows with training: Karras et al. 2024, section 3.1).
+        self.average = copy.deepcopy(model)
+        self.step, self.pixels, self.minutes, self.status = 0, 0, 0.0, 0
+        if args.resume:
+            self.load()
+        self.say(photos.description)
+        self.seen, self.begin, self.mark = [], time.time(), time.time()
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self.stop)
+
+    def stop(self, number, frame=None):
+        """A signal ends the loop after the step that it is in."""
+        self.status = self.status or 128 + number
+
+    def seed(self, number):
+        """Seed everything random anew for this number, differently on each GPU."""
+        torch.manual_seed((self.args.seed * 1_000_003 + number) * self.world + self.rank)
+
+    def goes_on(self):
+        """Whether there is another step to take. All GPUs must leave the loop at the same one."""
+        stop = self.status
+        if self.world > 1:
+            stop = torch.tensor(stop, device=self.device)
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        return self.step < self.args.steps and not stop
+
+    def share_gradients(self):
+        """Average them over all GPUs."""
+        for p in self.model.parameters() if self.world > 1 else ():
+            dist.all_reduce(p.grad.div_(self.world))
+
+    def step_done(self, pixels, terms):
+        """Count a step and average the weights; now and then tell of it and save."""
+        self.step, self.pixels = self.step + 1, self.pixels + pixels * self.world
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()),
+                                 10 / (self.step + 10))
+        # Numbers stay on the device until a line wants them: a GPU that is asked after every step
+        # waits after every step.
+        self.seen.append({name: value.detach() for name, value in terms.items()})
+        first, last = self.step == 1, self.step == self.args.steps
+        if first or last or self.step % self.args.log_every == 0:
+            self.tell()
+        if not last and (first or self.step % self.args.save_every == 0):
+            self.save()                                 # from step 1 on there is what to --resume
+
+    def tell(self):
+        """A line of progress, with means since the last one. HFDError if one is not a number."""
+        means = {name: torch.stack([terms[name] for terms in self.seen]).mean().item()
+                 for name in self.seen[0]}
+        if not all(map(math.isfinite, means.values())):
+            raise HFDError(f"the loss is {means['loss']}, the gradient {means['gradient']} after "
+                           f"{self.step} steps: stopped, without saving. What was saved before may "
+                           f"be spoiled, too; start anew with a lower --lr than {self.args.lr}")
+        if "mse" in means:
+            means["PSNR"] = 10 * math.log10(255 ** 2 / means.pop("mse"))
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        seconds = (time.time() - self.mark) / len(self.seen)                        # per step
+        left = timedelta(seconds=round((self.args.steps - self.step) * seconds))
+        self.say(f"step {self.step:6d}/{self.args.steps}  {numbers}  {1 / seconds:.2f} steps/s  "
+                 f"{self.pixels / 1e9:.4f} gigapixels  {left} left")
+        self.seen, self.mark = [], time.time()
+
+    def say(self, words):
+        """Print a line. Where that is no longer possible (a closed pipe, a full disk), stop."""
+        try:
+            if self.rank == 0:
+                print(words, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")
+            self.status = self.status or 1
+
+    def save(self):
+        """Write what --resume needs, and then what ships."""
+        if self.seen:
+            self.tell()                                     # which finds what is not a number
+        if self.rank > 0:
+            return
+        minutes = self.minutes + (time.time() - self.begin) / 60
+        settings = {name: value for name, value in vars(self.args).items()
+                    if name not in ("stage", "out", "resume", "commands")}
+        recipe = {"commands": self.args.commands, "settings": settings, "steps": self.step,
+                  "data": self.photos.description, "gigapixels": self.pixels / 1e9,
+                  "minutes": minutes, "hardware": hardware(self.device),
+                  "torch": str(torch.__version__)}
+        arrays = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        arrays |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
+        names = {p: name for name, p in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for p, state in optimizer.state.items():
+                arrays |= {f"optimizer.{key}.{names[p]}": t for key, t in state.items()}
+        hfd.write_archive(self.state, {"recipe": recipe}, arrays)
+        hfd.save_part(self.part, self.average, recipe, **self.more)
+
+    def load(self):
+        """Take over what an earlier run saved. HFDError if that is damaged."""
+        path, prefixes = self.state, ("model.", "average.")
+        if not path.exists():
+            path, prefixes = self.part, ("weights.", "weights.")
+            self.say(f"note: {self.state} is gone; going on from the averaged weights that ship")
+        about, arrays = hfd.read_archive(path)
+        try:
+            tensors = {name: torch.from_numpy(a).float().to(self.device)
+                       for name, a in arrays.items() if a.dtype.kind == "f"}
+            for prefix, module in zip(prefixes, (self.model, self.average)):
+                module.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items()
+                                        if name.startswith(prefix)})
+            named = dict(self.model.named_parameters())
+            owner = {p: optimizer for optimizer in self.optimizers
+                     for group in optimizer.param_groups for p in group["params"]}
+            for name, t in tensors.items():
+                if name.startswith("optimizer."):
+                    _, key, name = name.split(".", 2)
+                    p = named[name]         # and in p's own order in memory, channels last
+                    owner[p].state[p][key] = torch.empty_like(p).copy_(t) if t.ndim else t
+            if any(len({frozenset(optimizer.state[p]) for p in owner if owner[p] is optimizer}) > 1
+                   for optimizer in self.optimizers):
+                raise ValueError("a part of the optimizer's state is missing")
+            recipe = about["recipe"]
+            self.step, self.minutes = int(recipe["steps"]), float(recipe["minutes"])
+            self.pixels = round(1e9 * recipe["gigapixels"])
+            if self.step < 0:
+                raise ValueError("a negative number of steps")
+        except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            text = " ".join(str(error).split())[:120]
+            raise HFDError(f"{path}: cannot be resumed ({text})") from None
+
+    def end(self):
+        """Save, say how it ended, and exit with a status that says so, too."""
+        self.save()
+        words = f"at step {self.step}; saved {self.part}. {peak_memory(self.device)}"
+        if self.step >= self.args.steps:
+            return self.say("finished " + words)
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                print(f"stopped {words}; --resume goes on", file=sys.stderr, flush=True)
+        sys.exit(self.status)
 
 
-def train_autoencoder(args, resumed=None):
-    """Stage 1: transforms, steps and prior, all levels at once (paper, section on the autoencoder; Balle et al. 2018). With --prior-of, the
-    prior alone."""
-    device = hfd.pick_device(args.device)
-    torch.manual_seed(args.seed)
-    photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.seed)
-    known = resumed or (hfd.load_model(args.prior_of) if args.prior_of else None)
-    base = known if args.prior_of else None
-    model = hfd.Autoencoder(known and known.autoencoder.config).to(device, memory_format=torch.channels_last)   # what it was, whatever the defaults are now
-    levels = len(model.config.lambdas)
-    if base:            # only the prior learns: pictures stay what they were, and only bits change
-        model.load_state_dict(base.autoencoder.state_dict())
-        model.requires_grad_(False).prior.requires_grad_(True)
+def hardware(device):
+    """What this runs on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.processor())
+    bf16 = ", bfloat16" if hfd.fast_bf16(device) else ""
+    return f"{device.type.upper()}, {name}, {torch.get_num_threads()} threads{bf16}"
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in words."""
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20                         # bytes or KiB
+    words = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
+    if device.type == "cuda":
+        words += f", on the GPU {torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB"
+    return words
+
+
+def compiled(networks, device):
+    """On a GPU, let torch.compile fuse what lies between the convolutions; shapes are static, two
+    crop sizes. What cannot be compiled runs as it is, and torch says so."""
+    if device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True
+        for network in networks:
+            network.compile(dynamic=False)
+
+
+def adam(groups):
+    """AdamW for these parameter groups, each with its own "peak" learning rate."""
+    fused = groups[0]["params"][0].device.type != "mps"
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+
+
+# Stage 1: rate + lambda * MSE ---------------------------------------------------------------------
+
+
+def train_autoencoder(args, device, known):
+    """Transforms, steps and prior, all levels at once (Balle et al. 2017). known:
+    None or the hfd.Model to start from; if that has another prior, only the prior is learned."""
+    photos = Photos(args.images, 2 * args.crop, device, args.megapixels,
+                    args.variety, args.seed)
+    config = known.autoencoder.config if known else hfd.AutoencoderConfig()
+    config = replace(config, prior=args.prior)
+    model = hfd.Autoencoder(config).to(device, memory_format=torch.channels_last)
+    levels = len(config.lambdas)
+    if known:
+        model.load_state_dict(known.autoencoder.state_dict(), strict=False)         # what fits
+        if known.autoencoder.config.prior != args.prior:
+            model.requires_grad_(False).prior.requires_grad_(True)
     else:
         with torch.no_grad():
-            x = photos.crops(32, args.crop)
-            model.prior.fit_scale(model.analysis(x, torch.zeros(len(x), dtype=torch.long, device=device)))
+            x, q = photos.crops(32, args.crop), torch.zeros(32, dtype=torch.long, device=device)
+            model.prior.fit_scale(model.analysis(x, q))
+    # The linear path starts at a good place, with entries of about 0.02: it is refined, ten times
+    # more slowly than the rest. The prior's parameters are octaves, and weights that end up a
+    # hundred times larger than they start: they may move ten times as fast.
+    groups = {0.1: [], 1: [], 10: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[0.1 if "linear" in name else 10 if name.startswith("prior") else 1].append(p)
+    groups = [{"params": ps, "peak": args.lr * scale} for scale, ps in groups.items() if ps]
+    optimizers = [adam(groups)]
+    compiled([model.analysis, model.synthesis], device)
 
-    def batch_loss(model, size, batch):
+    def batch_loss(step, size, batch):
         """The mean objective over random crops, each at a random level."""
-        x = photos.crops(batch, size)                                                           # (B, 3, size, size)
-        q = torch.randint(levels, (batch,)).to(device)                                          # a level per picture
-        return {name: value.mean() for name, value in model(x, q, prior_only=base is not None).items()}
+        x = photos.crops(batch, size)                                           # (B, 3, size, size)
+        q = torch.randint(levels, (batch,)).to(device)                              # (B,)
+        return {name: value.mean() for name, value in model(x, q).items()}
 
-    def checkpoint(ema, recipe):
-        """Averaged weights, with the prior frozen to integer tables. A denoiser for the same pictures stays in it."""
-        tables = entropy.freeze(ema.prior, ema.log_step.exp())
-        return hfd.pack(ema, tables, base and base.diffusion, lineage(base, "prior" if base else "autoencoder", recipe))
-
-    def scale(name):
-        """The linear path starts at a good place, with entries of about 0.02: it is refined, ten times more slowly than the rest. The
-        prior's parameters are octaves, and weights that end up a hundred times larger than they start: they may move ten times as fast."""
-        return 0.1 if "linear" in name else 10.0 if name.startswith("prior") else 1.0
-
-    groups = [{"params": [p for name, p in model.named_parameters() if scale(name) == s], "scale": s} for s in (0.1, 1.0, 10.0)]
-    fit(args, model, batch_loss, groups, checkpoint, photos, resumed)
+    fit(Run(args, "autoencoder", device, model, optimizers, photos), batch_loss)
 
 
-# Stage 2: the diffusion model, given reconstructions --------------------------------------------------
+# Stage 2: the diffusion model, given reconstructions ----------------------------------------------
 
-MARGIN = 16     # pixels of context in which a crop's x_hat is made: borders should not be what the net knows best
+MARGIN = 16     # pixels of context in which a crop's x_hat is made: borders should not be the rule
+POOL = 16       # steps that a pool of pairs serves, of a quarter as many as these steps use
 
 
-def train_diffusion(args, resumed=None):
-    """Stage 2: the denoiser, on pairs of crops and their reconstructions by a finished stage 1."""
-    device = hfd.pick_device(args.device)
-    torch.manual_seed(args.seed)
-    base = hfd.load_model(args.autoencoder, device)
-    autoencoder = base.autoencoder
-    levels = len(autoencoder.config.lambdas)
-    config = hfd.DiffusionConfig(levels=levels, eta=args.eta, preconditioned=not args.plain, objective=args.objective)
-    known = resumed or (base if args.finetune else None)
-    if known and not known.diffusion:
-        raise HFDError(f"{args.autoencoder}: has no denoiser to --finetune")
-    if known:       # what it was, whatever the defaults are now; only the schedule may change
-        old = known.diffusion.config
-        if (old.levels, old.preconditioned) != (config.levels, config.preconditioned):
-            raise HFDError(f"{args.out if resumed else args.autoencoder}: was trained {'with' if old.preconditioned else 'without'} the "
-                           f"closed-form start and for {old.levels} levels; {'--resume' if resumed else '--finetune'} cannot change that")
-        config = replace(old, eta=args.eta, objective=args.objective)
-        if resumed and hfd.fingerprint(resumed.autoencoder.state_dict()) != hfd.fingerprint(autoencoder.state_dict()):
-            print(f"note: {hfd.printable(args.autoencoder)} is not the autoencoder of {hfd.printable(args.out)}; the residual's spread stays what it was there")
-    photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels, args.seed)
-    model = hfd.Diffusion(config).to(device, memory_format=torch.channels_last)
+def train_diffusion(args, device, known):
+    """The denoiser, on pairs of crops and their reconstructions by the autoencoder in args.out.
+    known: None or the hfd.Model whose denoiser to start from. HFDError if it has no such one."""
+    base = hfd.load_model(args.out, device)
+    autoencoder, levels = base.autoencoder, len(base.autoencoder.lambdas)
+    photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels,
+                    args.variety, args.seed)
     if known:
-        model.load_state_dict(known.diffusion.state_dict())
+        sample.need_diffusion(known)
+    config = known.diffusion.config if known else hfd.DiffusionConfig(levels=levels)
+    asked = {name: getattr(args, name) for name in ("kind", "eta", "objective")}
+    config = replace(config, **{name: value for name, value in asked.items() if value is not None})
+    if known and (known.diffusion.config.kind, config.levels) != (config.kind, levels):
+        raise HFDError(f"{args.init}: its denoiser is of another kind, or for other quality levels")
+    model = hfd.DENOISERS[config.kind](config).to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def pairs(x, q):
-        """Crops (x, x_hat), each (B, 3, size, size), cut out of larger ones x, (B, 3, size + 2 MARGIN, size + 2 MARGIN), at levels q, (B,)."""
-        # Made from rounded latents, as the decoder makes it. (Where bfloat16 is used, that adds an error of about 0.01.)
-        k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()                          # (B, M, h, w)
-        x_hat = autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)             # (B, 3, ., .)
-        return (t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat))
+        """Crops (x, x_hat), (B, 3, size, size), cut out of larger ones x, (B, 3, size + 2 MARGIN,
+        size + 2 MARGIN), at levels q (B,): made from rounded latents, as the decoder does."""
+        k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()              # (B, M, h, w)
+        x_hat = autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)
+        return [t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat)]
 
-    if not known:       # how far x is from x_hat, level by level, on the same crops: the closed form starts from that
-        crops = photos.crops(256, args.crop + 2 * MARGIN)                                       # (256, 3, ., .)
+    if known:
+        model.load_state_dict(known.diffusion.state_dict())
+    else:       # how far x is from x_hat, on the same crops for every level
+        crops = photos.crops(256, args.crop + 2 * MARGIN)                           # (256, 3, ., .)
         for level in range(levels):
             q = torch.full((16,), level, device=device)
-            squares = [hfd.to_planes(torch.sub(*pairs(part, q))).square().mean(dim=(0, 2, 3)) for part in crops.split(16)]      # (12,) each
+            gaps = [hfd.to_planes(torch.sub(*pairs(part, q))) for part in crops.split(16)]
+            squares = [gap.square().mean(dim=(0, 2, 3)) for gap in gaps]            # (12,) each
             model.residual_std[level] = torch.stack(squares).mean(dim=0).sqrt()
+    inside = {name for name, p in model.named_parameters() if p.ndim == 4 and ".conv" in name}
+    matrices = [p for name, p in model.named_parameters() if name in inside]
+    rest = [p for name, p in model.named_parameters() if name not in inside]
+    optimizers = [adam([{"params": rest, "peak": args.lr}]),
+                  Muon([{"params": matrices, "peak": 10 * args.lr}])]
+    compiled([model.net], device)
+    pool = {}
 
-    def batch_loss(model, size, batch):
-        """The mean objective over random pairs of crops, each at a random level."""
-        q = torch.randint(levels, (batch,)).to(device)
-        x, x_hat = pairs(photos.crops(batch, size + 2 * MARGIN), q)                             # (B, 3, size, size)
+    def batch_loss(step, size, batch):
+        """The mean objective over random pairs of crops, each at a random level.
+
+        Making an x_hat costs a third of learning from it. But a pair can serve several draws of
+        time and noise: so a pool of pairs serves POOL steps, and each pair four of them on average.
+        It depends on the number of the pool alone: a run may be resumed half-way through."""
+        number = step // POOL, size
+        if number not in pool:
+            run.seed(-1 - number[0])
+            q = torch.randint(levels, (POOL // 4 * batch,)).to(device)              # (N,)
+            made = [pairs(photos.crops(batch, size + 2 * MARGIN), part) for part in q.split(batch)]
+            pool.clear()
+            pool[number] = *(torch.cat(each) for each in zip(*made)), q             # x, x_hat, q
+            run.seed(step)
+        chosen = torch.randperm(POOL // 4 * batch)[:batch].to(device)               # (B,)
+        x, x_hat, q = (each[chosen] for each in pool[number])
         return {"loss": model(x, x_hat, q)}
 
-    def checkpoint(ema, recipe):
-        """Averaged weights, beside the autoencoder and tables that they belong to."""
-        return hfd.pack(autoencoder, base.tables, ema, lineage(base, "finetuning" if args.finetune else "diffusion", recipe))
-
-    fit(args, model, batch_loss, [{"params": list(model.parameters()), "scale": 1.0}], checkpoint, photos, resumed)
+    run = Run(args, "denoiser", device, model, optimizers, photos, autoencoder=base.identity.hex())
+    fit(run, batch_loss)
 
 
-# The command line -------------------------------------------------------------------------------------
-
-
-def measured(results, packed):
-    """What figures.rate_distortion measured of a model, in lines for its checkpoint. ValueError if it was another model."""
-    weights = [{name: t.float() for name, t in packed[part]["weights"].items()} for part in ("autoencoder", "diffusion")]
-    if results["about"]["model"]["weights"] != hfd.fingerprint(*weights).hex()[:16]:
-        raise ValueError
-
-    lines = {"command": results["command"], "hardware": results["about"]["hardware"]}
-    for key, point in results["points"].items():
-        if key.startswith("level"):
-            lines[key] = "; ".join(f"{name} {n['bpp']:.3f} bpp, {n['psnr']:.2f} dB" + (f", FD {n['fd']:.1f}" if "fd" in n else "")
-                                   for name, n in point["variants"].items())
-    return lines
-
-
-def export(args):
-    """Strip a training checkpoint to what a user needs: averaged weights in half precision, tables, recipe, and what was measured."""
-    if os.path.isfile(args.out) and "training" in hfd.read_checkpoint(args.out):
-        raise HFDError(f"{args.out}: could not be resumed any more if it were overwritten by an export; name another file")
-    model = hfd.load_model(args.checkpoint)
-    packed = hfd.pack(model.autoencoder, model.tables, model.diffusion, model.recipe, half=True)
-    if args.results:
-        try:
-            packed["recipe"]["measured"] = measured(json.loads(Path(args.results).read_text()), packed)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise HFDError(f"{args.results}: not what figures.rate_distortion writes about this model (measure the exported file)") from None
-    hfd.write_atomically(args.out, lambda f: torch.save(packed, f))
-    print(f"wrote {hfd.printable(args.out)}, {os.path.getsize(args.out) / 2 ** 20:.1f} MiB")
+# The command line ---------------------------------------------------------------------------------
 
 
 def command_line():
-    """(parser, {stage: its own parser}), every flag with its default in the help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="stage", required=True)
-    show = dict(formatter_class=sample.Help)
-    ae = commands.add_parser("autoencoder", help="stage 1: rate + lambda * MSE", **show)
-    diffusion = commands.add_parser("diffusion", help="stage 2: sample x given x_hat", **show)
-    for p, out, batch, crop in ((ae, "runs/autoencoder.pt", 8, 128), (diffusion, "runs/hfd.pt", 16, 64)):
-        p.add_argument("--images", metavar="DIR", help="folder of pictures, read recursively; without it: dead leaves")
-        p.add_argument("--out", metavar="FILE", default=out, help="checkpoint to write")
-        p.add_argument("--resume", action="store_true", help="continue from --out, with its settings unless given anew")
-        p.add_argument("--steps", type=int, default=20_000, help="optimizer steps in all; the learning rate falls to zero there")
-        p.add_argument("--pause-at", type=int, metavar="STEP", help="save and stop at this step; --resume goes on")
-        p.add_argument("--batch", type=int, default=batch, help="pictures per step (and per process, with torchrun)")
-        p.add_argument("--crop", type=int, default=crop, help="side of the crops in pixels, a multiple of 16; twice that in the last quarter")
-        p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-        p.add_argument("--warmup", type=int, default=200, help="steps until the learning rate is at its peak")
-        p.add_argument("--seed", type=sample.seed_number, default=0, help="seed of everything random")
+    """The parser of both stages, with every default in its help."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, stages = parser.add_subparsers(dest="stage", required=True), {}
+    for stage, batch, crop, what in (("autoencoder", 8, 128, "stage 1: rate + lambda * MSE"),
+                                     ("diffusion", 16, 64, "stage 2: sample x given x_hat")):
+        stages[stage] = p = commands.add_parser(stage, help=what, formatter_class=sample.Help)
+        p.add_argument("--images", metavar="DIR", help="folder of pictures, or one picture; those "
+                       "below are read, hidden ones and linked ones not. Without: dead leaves")
+        p.add_argument("--out", metavar="DIR", default="runs/model", help="folder of the model")
+        p.add_argument("--resume", action="store_true",
+                       help="go on in --out, with its settings unless given anew")
+        p.add_argument("--init", metavar="DIR", help="start from the model in this folder")
+        p.add_argument("--steps", type=int, default=20_000,
+                       help="optimizer steps; the learning rate falls to zero there")
+        p.add_argument("--batch", type=int, default=batch, help="crops per step (and per GPU)")
+        p.add_argument("--crop", type=int, default=crop,
+                       help="side of the crops, a multiple of 16; twice that in the last quarter")
+        p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; Muon's "
+                       "(in stage 2) is ten times that")
+        p.add_argument("--warmup", type=int, default=200, help="steps until the peak is reached")
+        p.add_argument("--seed", type=sample.seed_number, default=0, help="of everything random")
         p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-        p.add_argument("--megapixels", type=float, default=2000.0, help="most picture data to keep in memory (3 bytes a pixel)")
-        p.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps per progress line")
-        p.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="steps per checkpoint")
-    ae.add_argument("--prior-of", metavar="FILE", help="learn only a new prior, for the autoencoder in this checkpoint: the same pictures in "
-                    "smaller files (files of the old one can then not be read)")
-    diffusion.add_argument("--autoencoder", metavar="FILE", default="runs/autoencoder.pt", help="checkpoint of stage 1")
-    diffusion.add_argument("--finetune", action="store_true", help="start from the denoiser that --autoencoder's checkpoint has, on "
-                           "pictures of your own or with another --objective")
-    diffusion.add_argument("--eta", type=float, default=0.1, help="shift of the noise schedule; 1 is cosine, the paper has 0.5")
-    diffusion.add_argument("--objective", choices=sorted(hfd.SCHEDULES), default="v", help="v: diffusion; flow: rectified flow")
-    diffusion.add_argument("--plain", action="store_true", help="plain v-prediction, without the closed-form start")
-    ex = commands.add_parser("export", help="make a training checkpoint small enough to share", **show)
-    ex.add_argument("checkpoint", help="what training wrote")
-    ex.add_argument("out", help="file to write")
-    ex.add_argument("--results", metavar="FILE", help="rate_distortion.json, whose numbers the checkpoint is to carry")
-    return parser, {"autoencoder": ae, "diffusion": diffusion}
+        p.add_argument("--megapixels", type=float, default=4000.0,
+                       help="most picture data in memory (3 bytes a pixel)")
+        p.add_argument("--variety", type=float, default=0.5, metavar="SHARE",
+                       help="of the crops, how many are resized, softened in colour, exposed anew")
+        p.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="per line")
+        p.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="per save")
+    stages["autoencoder"].add_argument(
+        "--prior", choices=entropy.PRIORS, default="context", help="Part I or Part II of "
+        "entropy.py; another one than --init has is learned alone, so that pictures stay")
+    p, new = stages["diffusion"], "; left out: what --init has, or "
+    p.add_argument("--kind", choices=hfd.DENOISERS, help="plain v-prediction, with the closed-form "
+                   "start, or with HFD+ too" + new + "plus")
+    p.add_argument("--eta", type=float, help="shift of the noise schedule: 1 is cosine, the paper "
+                   "has 0.5" + new + "0.1")
+    p.add_argument("--objective", choices=hfd.SCHEDULES, help="v: diffusion, flow: rectified flow"
+                   + new + "v")
+    return parser
 
 
-def checked(args):
-    """The flags of a training stage, if they make sense; else HFDError."""
-    if args.crop % hfd.CELL or args.crop > 4096 or min(args.crop, args.batch, args.steps, args.log_every, args.save_every) <= 0:
-        raise HFDError("--crop must be a multiple of 16 up to 4096, --batch, --steps, --log-every and --save-every at least 1")
-    if not (0 < getattr(args, "eta", 1) < math.inf and 0 < args.lr < math.inf and args.megapixels > 0):
-        raise HFDError("--eta, --lr and --megapixels must be numbers above 0")
-    if getattr(args, "objective", "v") not in hfd.SCHEDULES or args.steps > 10 ** 9 or not 0 <= args.seed < 2 ** 32:    # of a forged checkpoint, too
-        raise HFDError("--objective, --steps or --seed cannot be meant")
+def parsed(argv):
+    """The flags in argv; with --resume, what the run in --out was started with is their default,
+    and `commands` are all that had a part in it. HFDError for flags without sense."""
+    parser = command_line()
+    args, commands = parser.parse_args(argv), []
+    part = Path(args.out, "autoencoder.npz" if args.stage == "autoencoder" else "denoiser.npz")
+    if args.resume:
+        state = part.with_suffix(".training.npz")
+        about, _ = hfd.read_archive(state if state.exists() else part)
+        try:
+            commands = list(about["recipe"]["commands"])
+            words = [f"--{name.replace('_', '-')}={value}" for name, value
+                     in about["recipe"]["settings"].items() if value is not None]
+        except (LookupError, TypeError, AttributeError) as error:
+            raise HFDError(f"{part}: its settings cannot be read ({error})") from None
+        args = parser.parse_args([args.stage, *words, *argv[1:]])
+    elif part.exists():
+        raise HFDError(f"{part}: exists already. --resume continues it; to start anew, name "
+                       "another --out or remove it")
+    counts = args.batch, args.steps, args.warmup, args.log_every, args.save_every, args.crop
+    if not all(isinstance(n, int) and 0 < n < 10 ** 9 for n in counts) or args.crop % hfd.CELL:
+        raise HFDError("--batch, --steps, --warmup, --log-every and --save-every must be at least "
+                       "1, --crop a multiple of 16")
+    if not 0 <= args.variety <= 1:
+        raise HFDError("--variety must lie between 0 and 1")
+    if not all(0 < n < math.inf for n in (args.lr, args.megapixels, getattr(args, "eta", 1) or 1)):
+        raise HFDError("--lr, --megapixels and --eta must be numbers above 0")
+    words = "python train.py " + shlex.join(argv)
+    args.commands = commands + [words] * (words not in commands)
     return args
-
-
-def lock_of(path):
-    """An open file that says that this process writes the checkpoint `path`, until it ends. HFDError if another one does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(f"{path}.lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise HFDError(f"{path}: another run is writing it. Wait for that, or choose another --out") from None
-    except OSError as error:                                # some network file systems know no locks
-        raise HFDError(f"{path}.lock: cannot be locked ({error.strerror}); choose an --out on another disk") from None
-    for left in path.parent.iterdir():                      # by a run that was killed while it saved
-        if re.fullmatch(re.escape(path.name) + r"\.\d+\.tmp", left.name):
-            left.unlink()
-    return lock
 
 
 def main(argv=None):
     """Run one command. argv: a list of words, or None for the shell's."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser, stages = command_line()
-    args = parser.parse_args(argv)
-    if args.stage == "export":
-        return export(args)
-    if getattr(args, "finetune", False) and not args.resume:    # what the denoiser was trained with becomes the default
-        if denoiser := hfd.load_model(args.autoencoder).diffusion:
-            stages["diffusion"].set_defaults(eta=denoiser.config.eta, objective=denoiser.config.objective, plain=not denoiser.config.preconditioned)
-            args = parser.parse_args(argv)
-    checked(args)
-    if args.resume and not os.path.exists(args.out):
-        raise HFDError(f"{args.out}: no such checkpoint, so there is nothing to --resume")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    # Two runs writing one checkpoint would ruin both. (Of those that torchrun starts, only one writes.) Held until this function ends.
-    lock = lock_of(Path(args.out)) if world == 1 or os.environ.get("RANK", "0") == "0" else None
-    if os.path.exists(args.out) and not args.resume:    # looked at under the lock, for a run that just ended may have saved it
-        raise HFDError(f"{args.out}: exists already. --resume continues it; to start anew, name another --out or remove it")
-    resumed, commands = None, []                            # commands: all that made it, for the recipe
-    if args.resume:     # what the checkpoint was trained with becomes the default; flags on the command line still win
-        resumed = hfd.load_model(args.out)
-        with hfd.refusing_damage(args.out):
-            training = resumed.training or {}
-            if training.get("stage") != args.stage or args.stage == "diffusion" and not resumed.diffusion:
-                raise HFDError(f"{args.out}: not a training checkpoint of stage '{args.stage}', so --resume cannot continue it")
-            fresh, commands = vars(parser.parse_args([args.stage])), list(training["args"]["commands"])
-            settings = {name: training["args"].get(name, fresh[name]) for name in fresh if name not in ("stage", "resume", "pause_at", "out")}
-            usual = lambda value, default: type(value) is type(default) or default is None and isinstance(value, str)   # a folder, say
-            if not all(usual(value, fresh[name]) for name, value in settings.items()) or not all(isinstance(line, str) for line in commands):
-                raise ValueError("its settings cannot be read")
-            stages[args.stage].set_defaults(**settings)
-            args = checked(parser.parse_args(argv))
-            for flag in ("prior_of", "finetune"):
-                if (was := settings.get(flag)) != getattr(args, flag, None):
-                    raise HFDError(f"{args.out}: was trained {'with' if was else 'without'} --{flag.replace('_', '-')}; --resume cannot change that")
-    if (line := "python train.py " + shlex.join(argv)) not in commands:
-        commands.append(line)
-    args.commands = commands
-    if world > 1:
-        cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
-        if cuda:            # each its own, before anything else is put on the first one
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise HFDError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs here; start as many processes, or take --device cpu")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
-    {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage](args, resumed)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    args = parsed(sys.argv[1:] if argv is None else argv)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        folder = os.open(args.out, os.O_RDONLY)
+        if os.environ.get("RANK", "0") == "0":              # two runs would ruin each other's files
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise HFDError(f"{args.out}: another run writes to it; wait for that, or choose another "
+                       "--out") from None
+    name, handlers = args.device, [(number, signal.getsignal(number)) for number in SIGNALS]
+    if "WORLD_SIZE" in os.environ:                          # torchrun: a process per GPU
+        if name == "auto" and torch.cuda.is_available():
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    try:
+        device = sample.pick_device(name)
+        known = hfd.load_model(args.init, device) if args.init else None
+        torch.manual_seed(args.seed)
+        stage = train_autoencoder if args.stage == "autoencoder" else train_diffusion
+        stage(args, device, known)
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        os.close(folder)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    hfd.run(main)
+    sample.run(main)

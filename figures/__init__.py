@@ -1,1 +1,4 @@
-"""The evaluation: one script per figure, run as `python -m figures.NAME`, and the metrics and baselines that they share."""
+"""The evaluation: one script per figure, run as `python -m figures.NAME`, and what they share."""
+import os
+
+os.environ["MPLBACKEND"] = "agg"        # draw into files, whatever a notebook asks for

@@ -1,14 +1,15 @@
-"""What the scripts of all figures share: pictures, a run that can be stopped and continued, one style of plot.
+"""What the scripts share: pictures, a run that can be stopped and continued, one style of plot.
 
-A script makes a `Run` from its flags, measures one point after another, draws, and calls `finish`. Every point is saved as soon as it
-is there, so the same command, started again, goes on where the last one stopped.
+A script makes a `Run`, measures one point after another, draws, and calls `finish`. Every point is
+saved as soon as it is there, so the same command, started again, goes on where the last one
+stopped.
 """
 import argparse
+import functools
 import hashlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,7 @@ import numpy as np
 import PIL
 import torch
 from matplotlib import pyplot as plt
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import hfd
 import sample
@@ -24,29 +25,25 @@ import train
 from figures import metrics
 from hfd import HFDError
 
-matplotlib.use("Agg")       # draw into files, whether there is a screen or not
-
 
 def pictures(folder=None, count=None, middle=None):
-    """[(name, PIL RGB image)]: the pictures in a folder and those below it, by name, or if None what is at hand: the portrait
-    that ships with matplotlib and three dead leaves pictures. count: take only so many, evenly spread. middle: of
-    each only the square of that side around its centre.
-    HFDError if there are none, or if one cannot be read: a mean over those that can would compare with nothing."""
-    pick = lambda items: [items[n * len(items) // count] for n in range(count)] if count and count < len(items) else items
+    """[(name, PIL RGB image)] of a folder, or if None of what is at hand, the portrait and three
+    dead leaves pictures. count: only so many, evenly spread. middle: of each only the square of
+    that side around its centre. HFDError if one cannot be read: a mean over the others would
+    compare with nothing."""
     if folder is None:
-        from matplotlib.cbook import get_sample_data
-        with get_sample_data("grace_hopper.jpg") as f:
-            found = [("grace_hopper", sample.open_picture(f)[0])]
-        rng = np.random.default_rng(20230518)   # not a seed of train.py's: these pictures must not be among those it draws
-        found = pick(found + [(f"dead_leaves_{i}", Image.fromarray(train.dead_leaves(256, rng))) for i in (1, 2, 3)])
+        rng = np.random.default_rng(20230518)   # not a seed of train.py's: nothing that it draws
+        leaves = [(f"leaves {n}", Image.fromarray(train.dead_leaves(256, rng))) for n in (1, 2, 3)]
+        found = [("portrait", sample.portrait()), *leaves]
     else:
-        paths = train.picture_files(folder)
-        if not paths:
-            raise HFDError(f"{folder}: no pictures found in it. Give --images a folder of pictures, or leave it out")
-        found = [(p.stem, sample.open_picture(p)[0]) for p in pick(paths)]
-    if middle:
-        found = [(name, around_centre(image, middle)) for name, image in found]
-    return found
+        root = Path(folder) if os.path.isdir(folder) else Path(folder).parent
+        found = [(str(path.relative_to(root)), path) for path in train.picture_files(folder)]
+        if not found:
+            raise HFDError(f"{folder}: no pictures found there; name a folder of pictures, or none")
+    count = min(count or len(found), len(found))
+    found = [found[n * len(found) // count] for n in range(count)]
+    found = [(name, sample.open_picture(x)[0] if isinstance(x, Path) else x) for name, x in found]
+    return [(name, around_centre(image, middle or max(image.size))) for name, image in found]
 
 
 def around_centre(image, side):
@@ -56,267 +53,311 @@ def around_centre(image, side):
     return image.crop((left, top, left + w, top + h))
 
 
-def detail(image, box):
-    """`box` (left, top, right, bottom) where it lies within a PIL picture, such as the portrait that it was chosen for; else as much
-    of that size as there is in the upper left corner."""
-    inside = box[2] <= image.width and box[3] <= image.height
-    return box if inside else (0, 0, min(box[2] - box[0], image.width), min(box[3] - box[1], image.height))
+def digest(*parts):
+    """The first 8 bytes of a SHA-256, in hexadecimal, of bytes and networks."""
+    whole = hashlib.sha256()
+    for part in parts:
+        tensors = part.state_dict().values() if isinstance(part, torch.nn.Module) else ()
+        whole.update(b"".join(t.cpu().numpy().tobytes() for t in tensors) or part)
+    return whole.hexdigest()[:16]
 
 
-def timed(function, *args):
-    """(function(*args), the seconds that it took). A GPU works behind Python's back, so it is waited for."""
-    device = hfd.pick_device()
-    begin = hfd.clock(device)
-    result = function(*args)
-    return result, hfd.clock(device) - begin
+def read_results(path):
+    """(about, points): what a run has left in a JSON file. HFDError if it cannot be used."""
+    try:
+        results = json.loads(Path(path).read_text())
+        return results.get("about"), dict(results.get("points", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise HFDError(f"{path}: damaged; make it anew (--fresh measures all again)") from None
 
 
-# ------------------------------------------------------------------------------------------------------
-# A run and its results
-# ------------------------------------------------------------------------------------------------------
+# A run and its results ----------------------------------------------------------------------------
 
-# Flags that several scripts have, with their types and meanings. Each script says which of them it takes, and with what default.
-FLAGS = {"level": dict(type=int, help="quality level of the model"),
-         "levels": dict(type=int, nargs="+", help="quality levels of the model"),
-         "steps": dict(type=int, help="denoising steps"),
-         "eta": dict(type=float, help="of the sampler's schedule; by default the level's own")}
+# Flags that some scripts have. Each says which of them it takes, and their defaults.
+FLAGS = {
+    "level": dict(type=int, help="quality level"),
+    "levels": dict(type=int, nargs="+", metavar="LEVEL", help="quality levels"),
+    "steps": dict(type=int, help="denoising steps"),
+    "eta": dict(type=float, help="of the sampler's schedule; by default the level's own"),
+    "most": dict(type=int, help="no more steps than this"),
+    "others": dict(nargs="+", metavar="DIR", help="more models with the same autoencoder"),
+    "flow": dict(metavar="DIR", help="a model with the same autoencoder and --objective flow"),
+    "factorized": dict(metavar="DIR", help="a model with the same transforms, a factorized prior"),
+    "megapixels": dict(type=float, nargs="+", help="sizes to measure time and memory at"),
+    "results": dict(metavar="FILE", help="what figures.rate_distortion wrote"),
+    "batch": dict(type=int, help="pictures per step; by default as train.py has it"),
+}
 
 
 class Run:
-    """One run of the script figures/NAME.py. What it needs: `args`, `device`, `model` (hfd.Model), `names` and `images` (PIL RGB),
-    `features` (a feature set of metrics.py, called `feature_name`; None where its packages are missing), `numbers` (what there is to plot:
-    "fd", if there are features, and "psnr"), and `kodak`: whether these are the 24 Kodak pictures, the only ones for which published
-    numbers hold.
+    """One run of figures/NAME.py, from its flags to its files.
 
-    argv: None for the command line's. defaults: of those of FLAGS that the script takes. add_flags(parser): adds flags that no other
-    script has. needs_diffusion: whether a checkpoint of stage 1 alone is refused. HFDError for what a user can mend."""
+    It has `args`, `device`, `model`, `names` and `images` (PIL RGB), `kodak`, whether these are the
+    24 Kodak pictures, for which alone published numbers hold; `distances`, those of the feature
+    set, if its network is there; and `numbers`, what there is to plot of a score.
 
-    def __init__(self, name, description, argv=None, add_flags=lambda parser: None, needs_diffusion=True, **defaults):
-        parser = argparse.ArgumentParser(prog=f"python -m figures.{name}", description=description.split("\n")[0],
-                                         formatter_class=sample.Help)
-        parser.add_argument("--images", metavar="DIR", help="folder of pictures to measure on; without it: a portrait and dead leaves")
-        parser.add_argument("--pictures", type=int, metavar="N", help="only so many of them, evenly spread")
-        parser.add_argument("--middle", type=int, metavar="SIDE", help="only the middle of each, a square of so many pixels a side")
-        parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint")
-        parser.add_argument("--out", metavar="DIR", default="runs/figures", help="folder for its .png and .json")
-        parser.add_argument("--name", default=name, help="what those two are called, without their endings")
-        parser.add_argument("--quick", action="store_true", help="the middle of two pictures, and fewer points: does it work?")
-        parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run of this command has measured")
-        parser.add_argument("--seed", type=sample.seed_number, default=0, help="seed of everything random")
-        parser.add_argument("--inception", metavar="FILE", help="inception-2015-12-05.pt: FID/256 instead of FD-EfficientNet")
-        parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-        for flag, default in defaults.items():
-            parser.add_argument(f"--{flag}", default=default, **FLAGS[flag])
-        add_flags(parser)
+    doc: the script's docstring. scored: whether it measures on pictures that the user names; else
+    there is only the portrait. stage1: whether a model without a denoiser will do. flags: defaults
+    of those of FLAGS that it takes. HFDError for what a user can mend."""
+
+    def __init__(self, name, doc, argv=None, scored=True, stage1=False, **flags):
         argv = sys.argv[1:] if argv is None else argv
-        self.args, self.begin = parser.parse_args(argv), time.time()
-        if any((value := getattr(self.args, flag, None)) is not None and value < 1 for flag in ("pictures", "middle", "steps")):
-            raise HFDError("--pictures, --middle and --steps must be at least 1")
-        if self.args.quick:
-            self.args.pictures, self.args.middle = 2, 256
-        self.name = self.args.name
-        self.device = hfd.pick_device(self.args.device)
-        self.model = hfd.load_model(self.args.model, self.device)
-        if needs_diffusion:
+        parser = argparse.ArgumentParser(f"python -m figures.{name}", formatter_class=sample.Help,
+                                         description=(doc or "").split("\n")[0])
+        add = parser.add_argument
+        add("--model", metavar="DIR", default=sample.MODEL, help="folder of the model")
+        add("--out", metavar="DIR", default="runs/figures", help="folder for its .png and .json")
+        add("--name", default=name, help="what those two are called, without their endings")
+        add("--quick", action="store_true", help="less of everything: does it work?")
+        add("--fresh", action="store_true", help="measure again what an earlier run has measured")
+        add("--seed", type=sample.seed_number, default=0, help="seed of everything random")
+        add("--device", default="auto", help="cuda, mps, cpu or auto")
+        if scored:
+            add("--images", metavar="DIR", help="folder of pictures; else portrait and leaves")
+            add("--middle", type=int, metavar="SIDE", help="only a square in the middle of each")
+            add("--inception", metavar="FILE", help="inception-2015-12-05.pt, for FID/256")
+        for flag, default in flags.items():
+            add(f"--{flag}", default=default, **FLAGS[flag])
+        self.args = args = parser.parse_args(argv)
+        counts = [getattr(args, flag, None) for flag in ("middle", "steps", "most", "batch")]
+        if any(n is not None and n < 1 for n in counts):
+            raise HFDError("pixels, steps and batches must be at least 1")
+        self.device = sample.pick_device(args.device)
+        self.model = hfd.load_model(args.model, self.device)
+        self.last_level = len(self.model.autoencoder.lambdas)
+        levels = getattr(args, "levels", [getattr(args, "level", 1)])
+        if not 1 <= min(levels) <= max(levels) <= self.last_level:
+            raise HFDError(f"{args.model}: has quality levels 1 to {self.last_level}")
+        if not stage1:
             sample.need_diffusion(self.model)
-        levels, last = getattr(self.args, "levels", [getattr(self.args, "level", 1)]), len(self.model.autoencoder.config.lambdas)
-        if not all(1 <= level <= last for level in levels):
-            raise HFDError(f"{self.args.model}: has quality levels 1 to {last}, and no others")
-        self.names, self.images = zip(*pictures(self.args.images, self.args.pictures, self.args.middle))
-        self.kodak = len(self.names) == 24 and all(n.startswith("kodim") and {*image.size} == {512, 768} for n, image in zip(self.names, self.images))
-        self.feature_name = self.features = None
-        if self.args.inception:
-            self.feature_name, self.features = metrics.inception(self.args.inception, self.device)
-        else:
+        how, self.distances = (2, 256) if args.quick else (None, getattr(args, "middle", None)), {}
+        found = pictures(args.images, *how) if scored else [("portrait", sample.portrait())]
+        self.names, self.images = map(list, zip(*found))
+        if scored and args.inception:
+            self.distances, self.features = metrics.inception(args.inception, self.device)
+        elif scored:
             try:
-                self.feature_name, self.features = metrics.efficientnet(self.device)
+                self.distances, self.features = metrics.efficientnet(self.device)
             except HFDError as error:
-                print(f"note: {error}. Frechet distances are left out.")
-        self.numbers = ["fd", "psnr"] if self.features else ["psnr"]
-        self.reference = [self.features(image) for image in self.images] if self.features else None
+                print(f"note: {error}; it is left out")
+        self.numbers = [*self.distances][:1] + ["psnr"]
+        kodak = [f"kodim{n:02}" for n in range(1, 25)]
+        self.kodak = [Path(name).stem for name in self.names] == kodak and how == (None, None)
 
-        # What the numbers depend on. An earlier run's points are taken over only if all of this was the same. Folders are the
-        # reader's own business: no path is kept but for its last part.
-        digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
-        files = ("images", "pictures", "middle", "model", "out", "name", "fresh", "inception", "device")
-        keyed = ("levels", "refine", "most", "megapixels", "flow", "retrained")     # these choose points, and each point's key says so
-        last = lambda word: [last(w) for w in word] if isinstance(word, list) else Path(word).name if isinstance(word, str) else word
+        # What the numbers depend on: an earlier run's points serve again only if all of it is the
+        # same. Folders are the user's own business, so of paths only the last part is kept.
         self.about = {
-            "flags": {flag: last(value) for flag, value in vars(self.args).items() if flag not in files + keyed},
-            "sampler": {"steps": hfd.STEPS, "patch": hfd.PATCH, "context": hfd.CONTEXT, "relative eta": hfd.RELATIVE_ETA},
-            "hardware": hfd.hardware(self.device), "torch": str(torch.__version__), "pillow": PIL.__version__,
-            "pictures": {"names": list(self.names), "sha256": digest(b"".join(image.tobytes() for image in self.images))},
-            "model": {"file": Path(self.args.model).name, "autoencoder": self.model.identity.hex(), "weights": hfd.fingerprint(
-                *(module.state_dict() for module in (self.model.autoencoder, self.model.diffusion) if module)).hex()[:16]},
-            "features": self.feature_name}
-        self.command = " ".join([parser.prog] + last(argv))
-        os.makedirs(self.args.out, exist_ok=True)
-        own = digest(json.dumps(self.about).encode())[:8]       # runs that differ do not take each other's unfinished work
-        self.path, self.partial = (Path(self.args.out, self.name + end) for end in (".json", f".{own}.partial.json"))
+            "flags": {flag: value for flag, value in vars(args).items()
+                      if flag in ("seed", "quick", "level", "steps", "eta")},
+            "sampler": [hfd.STEPS, hfd.PATCH, hfd.CONTEXT, hfd.RELATIVE_ETA],
+            "hardware": train.hardware(self.device), "torch": str(torch.__version__),
+            "pillow": PIL.__version__, "distances": self.distances,
+            "pictures": [self.names, digest(*(image.tobytes() for image in self.images))],
+            "model": {"name": Path(args.model).name, "weights": digest(*filter(None, (
+                self.model.autoencoder, self.model.diffusion)))}}
+        self.command = " ".join([parser.prog, *(Path(word).name for word in argv)])
         self.points, self._coded = {}, {}
-        for path in (self.path, self.partial):
-            if path.exists() and not self.args.fresh:
-                stored = json.loads(path.read_text())
-                if stored.get("about") == json.loads(json.dumps(self.about)):
-                    self.points |= stored["points"]
+        os.makedirs(args.out, exist_ok=True)
+        own = digest(json.dumps(self.about).encode())[:8]   # for runs that differ
+        self.path, self.partial = paths = [Path(args.out, args.name + end) for end in (
+            ".json", f".{own}.partial.json")]
+        for path in paths:
+            if path.exists() and not args.fresh:
+                about, points = read_results(path)
+                self.points |= points if about == self.about else {}
         if self.points:
-            print(f"{len(self.points)} points are there from an earlier run; --fresh measures them again")
+            print(f"{len(self.points)} points are there from an earlier run; --fresh measures anew")
 
-    def _save(self, path, **more):
-        minutes = round(sum(point["minutes"] for point in self.points.values()) or (time.time() - self.begin) / 60, 2)
-        head = json.dumps({"command": self.command, "minutes": minutes, "about": self.about, **more}, indent=1)
-        points = ",\n".join(f"  {json.dumps(key)}: {json.dumps(point)}" for key, point in self.points.items())     # a line each
-        text = head[:-2] + ',\n "points": {\n' + points + "\n }\n}\n"
+    def save(self, path, **more):
+        """Write a JSON file: the command, what it depends on, `more`, and every point in a line."""
+        minutes = round(sum(point["minutes"] for point in self.points.values()), 2)
+        head = {"command": self.command, "minutes": minutes, "about": self.about, **more}
+        points = [f"{json.dumps(key)}: {json.dumps(point)}" for key, point in self.points.items()]
+        text = json.dumps(head, indent=1)[:-2] + ',\n "points": {\n' + ",\n".join(points) + "\n}}\n"
         hfd.write_atomically(str(path), lambda f: f.write(text.encode()))
+
+    def finish(self, figure=None, **more):
+        """Write NAME.png, of a matplotlib figure or PIL image if there is one, and NAME.json."""
+        png = str(self.path.with_suffix(".png"))
+        if isinstance(figure, Image.Image):
+            sample.save_picture(figure, png)
+        elif figure:
+            hfd.write_atomically(png, lambda f: figure.savefig(f, format="png"))
+            plt.close(figure)
+        self.save(self.path, **more)
+        self.partial.unlink(missing_ok=True)
+        print(f"wrote {f'{png} and ' if figure else ''}{self.path}")
+
+    def timed(self, function, *args):
+        """(function(*args), the seconds that it took)."""
+        begin = sample.clock(self.device)
+        result = function(*args)
+        return result, sample.clock(self.device) - begin
 
     def point(self, key, compute):
         """compute(), a dictionary that JSON can hold, or what an earlier run got for this `key`."""
         if key not in self.points:
-            result, seconds = timed(compute)
+            result, seconds = self.timed(compute)
             self.points[key] = result | {"minutes": round(seconds / 60, 3)}
-            self._save(self.partial)
+            self.save(self.partial)
             print(f"{key}: measured in {seconds:.1f} s", flush=True)
         return self.points[key]
 
-    def measure(self, key, code):
-        """Code every picture and score what comes back: {variant: numbers}, kept as the point `key`.
+    @functools.cached_property
+    def reference(self):
+        """The originals' features."""
+        return [self.features(image) for image in self.images]
 
-        code(i, image) -> (bytes of the file, {variant: (decoded PIL image, {part: seconds})}) for picture number i; a third entry of a
-        variant may hold more numbers by name. Results are means over pictures, `bpp`, `psnr` in dB, `seconds` by part, those
-        numbers, and metrics.realism if there are features; and one by one bpp_each, psnr_each and rgb_each, the
-        decoded picture's mean colour, 0 .. 255."""
+    def measure(self, key, code):
+        """Code every picture and score what comes back: {variant: score}, kept as the point `key`.
+
+        code(i, image) -> (bytes of the file, {variant: (decoded PIL image, {name: number})}) for
+        picture number i; the numbers are seconds of parts, mostly. A score has means over pictures
+        of these, of `bpp`, `psnr` in dB and `colour` (how far the mean colour is off in the worst
+        channel, of 255); these three one by one, as bpp_each; and metrics.realism, if there are
+        features."""
         def compute():
-            """Every picture there and back, and the scores of each variant."""
             rows = {}
             for i, image in enumerate(self.images):
                 data, variants = code(i, image)
-                for variant, (decoded, seconds, *more) in variants.items():
-                    rows.setdefault(variant, []).append((
-                        round(8 * len(data) / (image.width * image.height), 5), round(sample.psnr(image, decoded), 4),
-                        np.asarray(decoded).mean(axis=(0, 1)).round(4).tolist(), seconds, self.features and self.features(decoded), (more or [{}])[0]))
-                self.progress(key, i)
-            return {"variants": {variant: self._score(*zip(*row)) for variant, row in rows.items()}}
+                for variant, (decoded, numbers) in variants.items():
+                    off = np.subtract(decoded, image, dtype=float).mean(axis=(0, 1))        # (3,)
+                    rows.setdefault(variant, []).append({
+                        "bpp": 8 * len(data) / (image.width * image.height),
+                        "psnr": sample.psnr(image, decoded), "colour": np.abs(off).max(), **numbers,
+                        "features": self.features(decoded) if self.distances else {}})
+                if sys.stderr.isatty():
+                    sys.stderr.write(f"\r{key}: picture {i + 1}/{len(self.images)} \033[K\r")
+            return {"variants": {variant: self._score(each) for variant, each in rows.items()}}
         return self.point(key, compute)["variants"]
 
-    def progress(self, key, i):
-        """Say on a terminal that picture number i of point `key` is done, and how long the others will take."""
-        if i == 0:
-            self._mark = time.time()
-        elif sys.stderr.isatty():
-            left = (time.time() - self._mark) / i * (len(self.images) - i - 1)
-            sys.stderr.write(f"\r{key}: picture {i + 1}/{len(self.images)}, {left:.0f} s left \033[K\r")
+    def _score(self, rows):
+        """One variant's score."""
+        each = {name: [row[name] for row in rows] for name in rows[0]}
+        features = each.pop("features")
+        return {name: round(np.mean(values).item(), 5) for name, values in each.items()} | (
+            metrics.realism(self.reference, features) if self.distances else {}) | {
+            f"{name}_each": [round(float(value), 5) for value in each[name]]
+            for name in ("bpp", "psnr", "colour")}
 
     def coded(self, level, i):
-        """(bytes, x_hat): the file of picture number i at quality `level`, 1 .. Q, and what its autoencoder decodes, (1, 3, H', W')."""
+        """(bytes, x_hat): picture number i's file at quality `level`, 1 .. Q, and what its
+        autoencoder decodes, (1, 3, H', W')."""
         if (level, i) not in self._coded:
             data, _ = sample.compress(self.images[i], self.model, level, self.args.seed + i)
-            k, _ = sample.decode_latent(sample.parse(data, self.names[i]), self.model, self.names[i])
-            self._coded[level, i] = data, self.model.autoencoder.decode(k, level - 1)
+            header = sample.parse(data, self.names[i])
+            k, _ = sample.decode_latent(header, self.model, self.names[i])
+            self._coded[level, i] = data, sample.reconstruct(k, header, self.model)
         return self._coded[level, i]
 
-    def other(self, path):
-        """The diffusion model in another checkpoint. HFDError if its autoencoder is not the model's."""
-        model = hfd.load_model(path, self.device)
-        if model.identity != self.model.identity or not model.diffusion:
-            raise HFDError(f"{path}: not a diffusion model for the autoencoder of {self.args.model}. Train it on that one (--autoencoder)")
-        return model.diffusion
+    def drawn(self, key, level, draw):
+        """{variant: score} of draw(i, x_hat) -> {variant: x (1, 3, H', W')}, the point `key`."""
+        def code(i, image):
+            data, x_hat = self.coded(level, i)
+            shown, seconds = self.timed(draw, i, x_hat)
+            return data, {variant: (sample.to_image(x, *image.size), {"diffusion": seconds})
+                          for variant, x in shown.items()}
+        return self.measure(key, code)
 
     def sampled(self, key, level, diffusion=None, **settings):
-        """The score of HFD at quality `level`, kept as the point `key`. settings: those of hfd.sample_picture that are not to be its
-        defaults. diffusion: another one than the model's; its fingerprint becomes part of the key."""
-        if diffusion not in (None, self.model.diffusion):
-            key += f" ({hfd.fingerprint(diffusion.state_dict()).hex()[:8]})"
-
-        def code(i, image):
-            """Picture i's file, and its sample under these settings."""
-            data, x_hat = self.coded(level, i)
-            x, seconds = timed(lambda: hfd.sample_picture(diffusion or self.model.diffusion, x_hat, level - 1, seed=self.args.seed + i, **settings))
-            return data, {"HFD": (sample.to_image(x, *image.size), {"diffusion": seconds})}
-        return self.measure(key, code)["HFD"]
+        """The score of HFD at quality `level`. diffusion: another one than the model's; its weights
+        become part of the key. settings: those of hfd.sample_picture."""
+        net = diffusion or self.model.diffusion
+        key += f" ({digest(net)[:8]})" if net is not self.model.diffusion else ""
+        return self.drawn(key, level, lambda i, x_hat: {"HFD": hfd.sample_picture(
+            net, x_hat, level - 1, seed=self.args.seed + i, **settings)})["HFD"]
 
     def blurry(self, level):
-        """The score of the autoencoder alone at quality `level`, kept as a point."""
-        def code(i, image):
-            """Picture i's file, and the autoencoder's picture alone."""
-            data, x_hat = self.coded(level, i)
-            return data, {"autoencoder": (sample.to_image(x_hat, *image.size), {})}
-        return self.measure(f"autoencoder, level {level}", code)["autoencoder"]
+        """The score of the autoencoder alone at quality `level`."""
+        return self.drawn(f"autoencoder, level {level}", level,
+                          lambda i, x_hat: {"autoencoder": x_hat})["autoencoder"]
 
-    def _score(self, bpp, psnr, rgb, seconds, features, more):
-        return {"bpp": float(np.mean(bpp)), "psnr": float(np.mean(psnr)),
-                "seconds": {part: round(float(np.mean([s[part] for s in seconds])), 5) for part in seconds[0]},
-                **{name: round(float(np.mean([numbers[name] for numbers in more])), 5) for name in more[0]},
-                **(metrics.realism(self.reference, features) if self.features else {}),
-                "bpp_each": bpp, "psnr_each": psnr, "rgb_each": rgb}
+    def other(self, folder):
+        """Another model with the same autoencoder. HFDError if it is none."""
+        model = hfd.load_model(folder, self.device)
+        if model.identity != self.model.identity or not model.diffusion:
+            raise HFDError(f"{folder}: has no denoiser for the autoencoder in {self.args.model}; "
+                           "copy that there, and train stage 2 beside it")
+        return model
 
-    def finish(self, figure, **more):
-        """Write NAME.png from a matplotlib figure or PIL image, and NAME.json: command, minutes, hardware, `more` and every point."""
-        png = Path(self.args.out, self.name + ".png")
-        if isinstance(figure, Image.Image):
-            sample.save_picture(figure, str(png))
-        else:
-            hfd.write_atomically(str(png), lambda f: figure.savefig(f, format="png"))
-            plt.close(figure)
-        self._save(self.path, **more)
-        self.partial.unlink(missing_ok=True)
-        print(f"wrote {png} and {self.path}")
+    def compare(self, what, a, b):
+        """Score a over score b, told and returned: distances as [ratio, low, high], `db` of
+        PSNR."""
+        found = {name: metrics.ratio(a, b, name) for name in self.distances}
+        told = ["{} {:.3f} [{:.3f}, {:.3f}]".format(name, *found[name]) for name in found]
+        found["db"] = round(a["psnr"] - b["psnr"], 3)
+        print(f"{what}: " + ", ".join(told + [f"PSNR {found['db']:+.2f} dB"]))
+        return found
 
 
-# ------------------------------------------------------------------------------------------------------
-# Plots
-# ------------------------------------------------------------------------------------------------------
+# Plots --------------------------------------------------------------------------------------------
 
-# The palette of Okabe & Ito (2008), which colour-blind readers can tell apart; and a marker each, for print without colour.
-LOOK = {"HFD": ("#D55E00", "o"), "autoencoder": ("#0072B2", "s"), "AVIF": ("#009E73", "^"), "WebP": ("#CC79A7", "D"),
-        "JPEG 2000": ("#E69F00", "v"), "JPEG": ("#000000", "x")}
+# The palette of Okabe & Ito (2008), which colour-blind readers can tell apart, and markers.
+LOOK = {"HFD": ("#D55E00", "o"), "autoencoder": ("#0072B2", "s"), "AVIF": ("#009E73", "^"),
+        "WebP": ("#CC79A7", "D"), "JPEG 2000": ("#E69F00", "v"), "JPEG": ("#000000", "x"),
+        "factorized prior": ("#56B4E9", "P")}
 CYCLE = list(LOOK.values())
-GREY = "#777777"            # for what others have published
-TITLES = {"psnr": "Distortion: up is nearer to the original", "fd": "Realism: down is more like photographs", "seconds": "Cost: time per picture"}
-STYLE = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left",
-         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5,
-         "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 4.5}
+GREY = "#777777"
+STYLE = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9,
+         "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
+         "grid.linewidth": 0.5, "axes.axisbelow": True, "lines.markersize": 4.5}
+# How a number of a score is drawn.
+AXES = {"psnr": dict(title="Distortion: up is nearer to the original", ylabel="PSNR (dB)"),
+        "fd": dict(title="Realism: down is more like photographs", ylabel="Fréchet distance",
+                   yscale="log"),
+        "diffusion": dict(title="Cost: time per picture", ylabel="seconds", yscale="log")}
 
 
 def axes(columns=1, width=4.3, height=3.9, rows=1):
-    """A matplotlib figure and a list of its axes, row by row, in the style of all figures. Inches per panel."""
+    """A matplotlib figure and a list of its axes, row by row. Inches per panel."""
     plt.rcParams.update(STYLE)
-    figure, panels = plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False)
+    size = columns * width, rows * height
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
     return figure, list(panels.flat)
 
 
-def label_ends(panel, ends):
-    """Name lines directly, so that no legend is needed: a column of names to the right of the panel, each led to where its line
-    ends. ends: [(x, y, text, colour)], in data units. Call it last, when the limits of the axes are set."""
-    gap = 0.04                                              # between names, in heights of the panel
-    panel.autoscale_view()                                  # matplotlib would leave it until it draws
-    to_panel = panel.transData + panel.transAxes.inverted()
-    ends = sorted((to_panel.transform((x, y))[1], x, y, text, colour) for x, y, text, colour in ends)
-    height = -gap
-    for i, (own, x, y, text, colour) in enumerate(ends):    # upwards: at its line's height, or just above the name below, but
-        height = min(max(own, height + gap), 1 - gap * (len(ends) - 1 - i))     # leaving room for those that follow
-        panel.annotate(text, (x, y), (1.03, height), textcoords="axes fraction", color=colour, va="center", fontsize=8,
-                       arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkB": 3, "relpos": (0, 0.5)})
+def line(name, points, number, look):
+    """What `draw` takes, of {x: score}."""
+    return name, list(points), [score[number] for score in points.values()], look
 
 
-def plain_log_ticks(panel):
-    """Numbers that people can read on a logarithmic y axis."""
-    panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    panel.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-    panel.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+def draw(panel, lines, ticks=None, **labels):
+    """Draw lines, each (name, x, y, (colour, marker[, style])), and name them where they end.
+    ticks: of the x axis, a list or {place: text}. labels: what matplotlib's `set` takes."""
+    for _, x, y, (colour, marker, *style) in lines:
+        panel.plot(x, y, *style, color=colour, marker=marker, linewidth=1.6 if marker else 0.9)
+    panel.set(**labels)
+    if ticks:
+        ticks = ticks if isinstance(ticks, dict) else {tick: f"{tick:g}" for tick in ticks}
+        panel.set_xticks(list(ticks), ticks.values())
+        panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    if labels.get("yscale") == "log":                       # numbers that people can read
+        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    panel.autoscale_view()                                  # which would wait until all is drawn
+    # A column of names to the right: each at its line's height, or just above the name below, but
+    # leaving room for those that follow.
+    gap, height, to_panel = 0.045, -1, panel.transData + panel.transAxes.inverted()
+    ends = [(to_panel.transform((x[-1], y[-1]))[1], n) for n, (_, x, y, _) in enumerate(lines)]
+    for i, (own, n) in enumerate(sorted(ends)):
+        name, x, y, (colour, *_) = lines[n]
+        height = min(max(own, height + gap), 1 - gap * (len(ends) - 1 - i))
+        panel.annotate(name, (x[-1], y[-1]), (1.03, height), textcoords="axes fraction", fontsize=8,
+                       color=colour, va="center", arrowprops={"arrowstyle": "-", "color": colour,
+                                                              "linewidth": 0.4, "relpos": (0, 0.5)})
 
 
-def curves(panel, run, number, lines, xlabel, ticks, xscale="log", ends=()):
-    """Draw a panel that shows `number` ("psnr", "fd" or "seconds") over something with these ticks, with title, axes and line names.
-    lines: {name: (colour, marker, line style, {x: score, as Run.measure returns it})}. ends: of what is drawn already."""
-    ends = list(ends)
-    for name, (colour, marker, style, points) in lines.items():
-        y = [score["seconds"]["diffusion"] if number == "seconds" else score[number] for score in points.values()]
-        panel.plot(list(points), y, color=colour, marker=marker, linestyle=style)
-        ends.append((list(points)[-1], y[-1], name, colour))
-    label = {"psnr": "PSNR (dB)", "fd": f"{run.feature_name} (Fréchet distance)", "seconds": "seconds"}[number]
-    panel.set(title=TITLES[number], ylabel=label, xlabel=xlabel, xscale=xscale, yscale="linear" if number == "psnr" else "log")
-    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    panel.minorticks_off()
-    if number == "fd":
-        plain_log_ticks(panel)
-    label_ends(panel, ends)
+def sheet(columns, rows):
+    """PIL pictures of one size, {caption: [one for each of the names in rows]}, as one picture."""
+    (w, h), gap, font = next(iter(columns.values()))[0].size, 4, ImageFont.load_default(16)
+    whole = Image.new("RGB", (len(columns) * (w + gap) - gap, 24 + len(rows) * (h + gap)), "white")
+    pen = ImageDraw.Draw(whole)
+    for i, (caption, column) in enumerate(columns.items()):
+        pen.text((i * (w + gap) + 2, 1), caption, "black", font)
+        for j, picture in enumerate(column):
+            whole.paste(picture, (i * (w + gap), 24 + j * (h + gap)))
+    for j, name in enumerate(rows):
+        pen.text((5, 27 + j * (h + gap)), name, "white", font, stroke_width=2, stroke_fill="black")
+    return whole

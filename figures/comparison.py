@@ -1,37 +1,37 @@
-"""The portrait at a low rate: original, JPEG, AVIF, autoencoder, and two samples of HFD, at equal bytes, with an enlarged detail.
+"""The portrait at equal bytes: JPEG, AVIF, the autoencoder, and two samples of HFD from one file.
 
     python -m figures.comparison --out figures
 
-The two samples come from one file, with two seeds. Where they differ, the model invents; where they agree, it may still.
+Where the two samples differ, the model invents; where they agree, it may still.
 """
 from PIL import Image
 
-import hfd
 import sample
 from figures import codecs, common
 
 
 def main(argv=None):
     """Code the portrait with each codec in as many bytes, and set the results side by side."""
-    run = common.Run("comparison", __doc__, argv, level=2)
-    image, args = run.images[0], run.args
-    data, _ = sample.compress(image, run.model, args.level, args.seed)
+    run = common.Run("comparison", __doc__, argv, scored=False, level=2)
+    image, numbers = run.images[0], {}
+    data, _ = sample.compress(image, run.model, run.args.level, run.args.seed)
     shown = [("original", image)]
-    numbers = {}
     for name, options in (("JPEG", {"optimize": True}), ("AVIF", {"speed": 6})):
-        file, setting = sample.largest_within(len(data), image, name, **options)
-        shown.append((f"{name} q{setting}, {len(file)} bytes", codecs.decode(file)))
-    for name, settings in (("autoencoder", {"rho": 0}), ("HFD, seed 0", {"seed": 0}), ("HFD, seed 1", {"seed": 1})):
-        shown.append((f"{name}, {len(data)} bytes", sample.decompress(data, run.model, **settings)[0]))
+        file, quality = sample.largest_within(len(data), image, name, **options)
+        shown.append((f"{name} q{quality}, {len(file)} bytes", codecs.decode(file)))
+    for name, settings in (("autoencoder", {"rho": 0}), ("HFD, seed 0", {"seed": 0}),
+                           ("HFD, seed 1", {"seed": 1})):
+        decoded, _ = sample.decompress(data, run.model, **settings)
+        shown.append((f"{name}, {len(data)} bytes", decoded))
     for name, decoded in shown[1:]:
-        numbers[name] = {"psnr": round(sample.psnr(image, decoded), 2)}
-        print(f"{name:28} PSNR {numbers[name]['psnr']:.2f} dB")
-    rows = [sample.contact_sheet(shown[n:n + 3], common.detail(image, sample.DETAIL), 4) for n in (0, 3)]
-    sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height), "white")
+        numbers[name] = round(sample.psnr(image, decoded), 2)
+        print(f"{name:28} PSNR {numbers[name]:.2f} dB")
+    rows = [sample.contact_sheet(shown[n:n + 3], sample.DETAIL, 4) for n in (0, 3)]
+    whole = Image.new("RGB", (rows[0].width, 2 * rows[0].height))
     for n, row in enumerate(rows):
-        sheet.paste(row, (0, n * row.height))
-    run.finish(sheet, pictures=numbers)
+        whole.paste(row, (0, n * row.height))
+    run.finish(whole, psnr=numbers)
 
 
 if __name__ == "__main__":
-    hfd.run(main)
+    sample.run(main)

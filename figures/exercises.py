@@ -1,118 +1,177 @@
-"""The numbers in the answers to the README's exercises, measured on the portrait.
+"""The numbers in the answers to the exercises, on the portrait at level 2 or at all levels.
 
-    python -m figures.exercises
-
-It does what a student does who tries them one after the other; read it only after you have tried.
+    python -m figures.exercises --factorized runs/factorized
 """
-import argparse
+import contextlib
+import io
+import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import entropy
 import hfd
 import sample
+import train
 from figures import common
+from figures.rate_distortion import with_same_transforms
 
-LEVEL = 2
+Q = 1                                   # level 2
 
 
-def gradient(image):
-    """Mean difference of horizontal neighbours in the grey picture: a measure of texture."""
+def texture(image):
+    """Mean difference of horizontal neighbours in the grey picture."""
     return float(np.abs(np.diff(np.asarray(image.convert("L"), float), axis=1)).mean())
 
 
-def knobs(image, model):
+def signed(values):
+    """Numbers of levels 1, 2, ..., in words."""
+    return ", ".join(f"{value:+.2f}" for value in values)
+
+
+def sizes(ks, tables):
+    """(Q,) bytes of latents, one a level."""
+    return np.array([len(entropy.encode(k[0].cpu().numpy(), tables, q)[0])
+                     for q, k in enumerate(ks)])
+
+
+def qualities(run, ks):
+    """(PSNR (Q,), texture (Q,)) of what the autoencoder makes of latents, one a level."""
+    found = []
+    for q, k in enumerate(ks):
+        header = sample.parse(run.coded(q + 1, 0)[0], "file")
+        picture = sample.to_image(sample.reconstruct(k, header, run.model), *run.images[0].size)
+        found.append((sample.psnr(run.images[0], picture), texture(picture)))
+    return np.array(found).T
+
+
+def decoder(run):
     """Exercises 1 to 4 and 7: what the decoder can be asked to do with one file."""
-    data, _ = sample.compress(image, model, LEVEL)
-    decode = lambda **settings: sample.decompress(data, model, **settings)[0]
-    psnr = lambda picture: f"{sample.psnr(image, picture):.2f}"
-    whole = np.asarray(decode(patch=max(image.size), context=0), float)
+    def psnr(picture):
+        """In words."""
+        return f"{sample.psnr(run.images[0], picture):.2f} dB"
+
+    def decode(**settings):
+        """The portrait's file, decoded so."""
+        return sample.decompress(data, run.model, **settings)[0]
+    data, x_hat = run.coded(Q + 1, 0)
+    whole = np.asarray(decode(patch=640, context=0), float)
     for context in (0, 32, 128):
-        print(f"1. context {context:3}: worst pixel {np.abs(np.asarray(decode(patch=64, context=context)) - whole).max():.0f} / 255 off one patch for all")
-    print("2. rho 0, .25, .5, .75, 1: PSNR " + ", ".join(psnr(decode(rho=rho)) for rho in (0, 0.25, 0.5, 0.75, 1)))
+        gap = np.abs(np.asarray(decode(patch=64, context=context)) - whole).max()
+        print(f"1. context {context}: worst pixel {gap:.0f} / 255 off one patch for all")
+    print("2. rho 0, .25, .5, .75, 1:", *(psnr(decode(rho=rho / 4)) for rho in range(5)))
     draws = [decode(seed=seed) for seed in (1, 2, 3, 4)]
-    mean = np.mean([np.asarray(picture, float) for picture in draws], axis=0).round().astype(np.uint8)
-    print("3. seeds 1 to 4: PSNR " + ", ".join(map(psnr, draws)) + ", of their mean " + psnr(Image.fromarray(mean)))
-    for name, settings in (("4 steps", {"eta": 0.5, "steps": 4}), ("50 ancestral steps", {"eta": 0.5, "steps": 50, "sampler": "ddpm"}), ("default", {})):
+    mean = np.mean([np.asarray(picture, float) for picture in draws], axis=0).round()
+    mean = Image.fromarray(mean.astype(np.uint8))
+    print("3. seeds 1 to 4:", *map(psnr, draws), "their mean:", psnr(mean))
+    for settings in ({"eta": 0.5, "steps": 4}, {"eta": 0.5, "steps": 50, "sampler": "ddpm"}, {}):
         picture = decode(**settings)
-        print(f"4. {name}" + (", eta .5" if settings else "") + f": PSNR {psnr(picture)}, texture {gradient(picture):.2f}")
-    k, _ = sample.decode_latent(sample.parse(data, "file"), model, "file")
-    x_hat = model.autoencoder.decode(k, LEVEL - 1)
-    cells = (1, 1, x_hat.shape[-2] // hfd.CELL, x_hat.shape[-1] // hfd.CELL)
-    for energy in (None, 1, 4, 7):
-        x = hfd.sample_picture(model.diffusion, x_hat, LEVEL - 1, energy=energy and torch.full(cells, float(energy), device=x_hat.device))
-        print(f"7. map {energy}: texture {gradient(sample.to_image(x, *image.size)):.2f}")
+        print(f"4. {settings}: {psnr(picture)}, texture {texture(picture):.2f}")
+    cells = 1, 1, x_hat.shape[2] // hfd.CELL, x_hat.shape[3] // hfd.CELL
+    for value in (None, 1, 4, 7):
+        energy = value and torch.full(cells, float(value), device=run.device)
+        x = hfd.sample_picture(run.model.diffusion, x_hat, Q, energy)
+        print(f"7. map {value}: texture {texture(sample.to_image(x, *run.images[0].size)):.2f}")
 
 
-def towards_zero(autoencoder, k, x, q):
-    """Exercise 10: the latent k (1, M, h, w) of x at level q, with those symbols one nearer to zero for which that lowers rate + lambda * error, if
-    the transform were orthonormal and the context stayed what it is."""
-    level, k = torch.tensor([q]), k.float()
-    price = autoencoder.config.lambdas[q] * 127.5 ** 2 / 3
-    cost = lambda u: (autoencoder.prior.bits(u, k, autoencoder.step(level), level) +
-                      price * (autoencoder.dequantize(u, level) - autoencoder.analysis(x, level)).square())     # (1, M, h, w)
-    return torch.where(cost(k - k.sign()) < cost(k), k - k.sign(), k).int()
-
-
-def bits(image, model):
-    """Exercises 5, 6, 8 and 10: what the autoencoder's and the coder's parts are worth, level by level."""
-    autoencoder, x = model.autoencoder, sample.to_tensor(image, "cpu")                              # (1, 3, H', W')
-    levels = range(len(autoencoder.config.lambdas))
-    latents = [autoencoder.encode(x, q) for q in levels]
-    size = lambda tables, latents=latents: np.array([len(entropy.encode(k[0].numpy(), tables, q)) for q, k in enumerate(latents)])
-    picture = lambda k, q: sample.to_image(autoencoder.decode(k, q), *image.size)
-    psnr, texture = (lambda k, q: sample.psnr(image, picture(k, q))), (lambda k, q: gradient(picture(k, q)))
-    show = lambda values: ", ".join(f"{value:+.2f}" for value in values)
-    before, bytes_before, offset = [psnr(k, q) for q, k in enumerate(latents)], size(model.tables), autoencoder.offset.data.clone()
+def coder(run, ks):
+    """Exercises 5, 6, 8 and 17: what the coder's parts are worth, level by level."""
+    autoencoder, tables = run.model.autoencoder, run.model.tables
+    before, stored = qualities(run, ks)[0], autoencoder.offset.data.clone()
     autoencoder.offset.data.zero_()
-    print("5. without offsets: PSNR " + show(psnr(k, q) - before[q] for q, k in enumerate(latents)) + " dB")
-    autoencoder.offset.data.copy_(offset)
-    for part in ("shift", "near", "across", "window"):
-        deaf = replace(model.tables, **{part: torch.zeros_like(getattr(model.tables, part))})
-        print(f"6. without {part}: " + show(100 * (size(deaf) / bytes_before - 1)) + " % of the bytes")
-    precision = entropy.PRECISION
-    try:
-        entropy.PRECISION, entropy.TOTAL = 16, 1 << 16
-        print("8. 16 bits: " + show(100 * (size(entropy.freeze(autoencoder.prior, autoencoder.log_step.exp())) / bytes_before - 1)) + " % of the bytes")
-    finally:
-        entropy.PRECISION, entropy.TOTAL = precision, 1 << precision
-    rounded = [towards_zero(autoencoder, k, x, q) for q, k in enumerate(latents)]
-    bytes_after = size(model.tables, rounded)
+    print(f"5. without offsets: PSNR {signed(qualities(run, ks)[0] - before)} dB")
+    autoencoder.offset.data.copy_(stored)
+    others = {f"6. without {part}": replace(tables, **{part: np.zeros_like(getattr(tables, part))})
+              for part in ("shift", "near", "across", "window")}
+    with mock.patch.multiple(entropy, PRECISION=16, TOTAL=1 << 16, BYTE=range(0, 65537, 256)):
+        sixteen = sizes(ks, autoencoder.prior.freeze(autoencoder.log_step.exp()))
+    if run.args.factorized:
+        others["17. without context"] = with_same_transforms(run, run.args.factorized).tables
+    found = {name: sizes(ks, other) for name, other in others.items()} | {"8. 16 bits": sixteen}
+    for name, size in found.items():
+        print(f"{name}: {signed(100 * size / sizes(ks, tables) - 100)} % of the bytes")
 
-    def at_equal_bytes(number):
-        """number(k, q) after rounding towards zero, over what plain rounding has in as many bytes, which is between two levels: from level 2 on."""
-        usual, after = (np.log([number(k, q) for q, k in enumerate(some)]) for some in (latents, rounded))
-        return np.exp(after - np.interp(np.log(bytes_after), np.log(bytes_before), usual))[1:]
 
-    def objective(k, q):
-        """What training minimises, of this one picture."""
-        bpp, mse = autoencoder.cost(k.float(), k.float(), x, torch.tensor([q]))                     # (1,) each
-        return (bpp + autoencoder.config.lambdas[q] * mse).item()
-    print("10. rounding towards zero: " + show(100 * (bytes_after / bytes_before - 1)) + " % of the bytes")
-    print("10. rounding towards zero: " + show(100 * (objective(b, q) / objective(a, q) - 1) for q, (a, b) in enumerate(zip(latents, rounded))) +
-          " % of rate + lambda * error")
-    print("10. at equal bytes, from level 2 on: squared error " + show(100 * (at_equal_bytes(lambda k, q: 10 ** (-psnr(k, q) / 10)) - 1)) +
-          " %, texture " + show(100 * (at_equal_bytes(texture) - 1)) + " %")
-    k = autoencoder.encode(x, LEVEL - 1, refine=60)
-    latents[LEVEL - 1] = k
-    print(f"10. --refine 60, level {LEVEL}: {100 * (size(model.tables) / bytes_before - 1)[LEVEL - 1]:+.2f} % of the bytes, "
-          f"{psnr(k, LEVEL - 1) - before[LEVEL - 1]:+.3f} dB")
+def rounding(run, x, ks):
+    """Exercise 10: latents rounded towards zero where that lowers rate + price * error."""
+    autoencoder, rounded = run.model.autoencoder, []
+    for q, k in enumerate(ks):
+        level, costs = torch.tensor([q], device=run.device), []
+        y, step = autoencoder.analysis(x, level), autoencoder.step(level)
+        for u in (k.float(), (k - k.sign()).float()):
+            error = (autoencoder.dequantize(u, level) - y).square() * 127.5 ** 2 / 3
+            bits = autoencoder.prior.bits(u, k.float(), step, level)
+            costs.append(bits + autoencoder.lambdas[q] * error)                     # (1, M, h, w)
+        rounded.append(torch.where(costs[1] < costs[0], k - k.sign(), k))
+    return rounded
+
+
+@torch.enable_grad()
+def refine(run, x, ks, steps=20):
+    """Exercise 11: a better latent for this very picture, by gradient descent (Campos et al.
+    2019)."""
+    autoencoder, level = run.model.autoencoder, torch.tensor([Q], device=run.device)
+    step, offset = autoencoder.step(level), autoencoder.offset[Q][:, None, None]
+    u = (autoencoder.analysis(x, level) / step).detach().requires_grad_()           # (1, M, h, w)
+    optimizer = torch.optim.Adam([u], lr=0.01)
+    for n in range(steps):
+        # Each value is drawn to the integer below or above, softly at first and harder and harder
+        # (Yang, Bamler & Mandt 2020): so what is learned survives the rounding at the end.
+        down = (u - u.floor()).clamp(1e-4, 1 - 1e-4)
+        odds, heat = -torch.atanh(torch.stack([down, 1 - down])), 0.5 * np.exp(-3 * n / steps)
+        soft = u.floor() + F.gumbel_softmax(odds / heat, heat, dim=0)[1]            # (1, M, h, w)
+        bpp = autoencoder.prior.bits(soft, soft, step, level).sum() / x[0, 0].numel()
+        x_hat = autoencoder.synthesis(step * (soft - offset * soft.clamp(-1, 1)), level)
+        mse = (x_hat - x).square().mean() * 127.5 ** 2
+        optimizer.zero_grad()
+        (bpp + autoencoder.lambdas[Q] * mse).backward()
+        optimizer.step()
+    return ks[:Q] + [u.detach().round().int()] + ks[Q + 1:]
+
+
+def muon(run):
+    """Exercise 18 in small: two short trainings on dead leaves, by Muon and by AdamW alone."""
+    def adam(groups):
+        """In place of train.Muon."""
+        return train.adam([group | {"peak": group["peak"] / 10} for group in groups])
+    for name, optimizer in (("Muon", train.Muon), ("AdamW", adam)):
+        with (tempfile.TemporaryDirectory() as folder, mock.patch("train.Muon", optimizer),
+              contextlib.redirect_stdout(io.StringIO()) as said, torch.enable_grad()):
+            shutil.copy(Path(run.args.model, "autoencoder.npz"), folder)
+            less = "--steps 2 --batch 2 --crop 16" if run.args.quick else "--steps 150"
+            train.main(["diffusion", "--out", folder, "--device", run.args.device, *less.split()])
+        print(f"18. {name}: loss {said.getvalue().split('loss ')[-1].split()[0]} in the end")
 
 
 @torch.no_grad()
 def main(argv=None):
     """Print them all."""
-    parser = argparse.ArgumentParser(prog="python -m figures.exercises", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint")
-    parser.add_argument("--quick", action="store_true", help="on the middle of the portrait")
-    args = parser.parse_args(argv)
-    model, (_, image) = hfd.load_model(args.model), common.pictures(middle=256 if args.quick else None)[0]
-    knobs(image, model)
-    bits(image, model)
+    run = common.Run("exercises", __doc__, argv, scored=False, factorized=None)
+    if run.args.quick:
+        run.images = [common.around_centre(run.images[0], 128)]
+    torch.manual_seed(run.args.seed)
+    x = sample.to_tensor(run.images[0], run.device)                                 # (1, 3, H', W')
+    ks = [run.model.autoencoder.encode(x, q) for q in range(run.last_level)]
+    decoder(run)
+    coder(run, ks)
+    for name, better in (("10. rounded towards zero", rounding(run, x, ks)),
+                         (f"11. refined at level {Q + 1}", refine(run, x, ks))):
+        found = []
+        for some in (ks, better):
+            size, (psnr, own) = sizes(some, run.model.tables), qualities(run, some)
+            mse = run.model.autoencoder.lambdas.cpu().numpy() * 255 ** 2 * 10 ** (-psnr / 10)
+            found.append((size, own, 8 * size / x[0, 0].numel() + mse, 10 ** (psnr / 10)))
+        for what, before, after in zip(("bytes", "texture", "rate + lambda MSE"), *found):
+            print(f"{name}: {what} {signed(100 * after / before - 100)} %")
+        print(f"{name}: PSNR {signed(10 * np.log10(found[1][3] / found[0][3]))} dB")
+    muon(run)
 
 
 if __name__ == "__main__":
-    hfd.run(main)
+    sample.run(main)

@@ -1,113 +1,122 @@
-"""What a training step spends its time on: against its own convolutions, and against the machine's matrix product.
+"""What a training step spends its time on, against its convolutions and the machine's best.
 
     python -m figures.speed --out figures
 
-Three numbers for each stage. The time of a whole step, as train.py takes it: crops, both passes, clipping, optimizer, average. The time
-of its convolutions alone, one by one with the same shapes: below that no rearrangement goes. And the step's operations per second as a share
-of the best that this machine does in a large matrix product: how much of what was paid for is used.
+A step of train.py over its convolutions alone, one by one in the same shapes (below that no
+rearrangement goes); its operations per second over the best in a large matrix product; for stage 2
+also what the pool of pairs saves, and Muon's share. Absolute numbers are told of a GPU only.
 """
-import argparse
 import contextlib
+import functools
 import io
-import json
-import os
+import itertools
+import shutil
 import tempfile
+from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hfd
 import sample
 import train
-from figures.common import timed
-
-
-def matrix_rate(device):
-    """Operations per second of a square matrix product in the precision that training uses: the best of ten."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if hfd.fast_bf16(device) else torch.float32)
-    return 2 * n ** 3 / min(timed(torch.matmul, a, a)[1] for _ in range(10))
-
-
-def convolution_seconds(model, compute, autocast):
-    """Seconds of the forward and backward passes of each convolution in `model` that compute() goes through, one by one, summed."""
-    calls = []
-    hooks = [module.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs[0].detach().clone())))
-             for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
-    compute()
-    for hook in hooks:
-        hook.remove()
-
-    def both_passes(module, x):
-        """One convolution, there and back."""
-        with autocast():
-            y = module(x.requires_grad_())
-        y.backward(torch.ones_like(y))
-
-    return sum(min(timed(both_passes, *call)[1] for _ in range(3)) for call in calls)
-
-
-def measure(count, args, model, batch_loss, groups, checkpoint, photos, resumed):
-    """Takes what train.fit is given, and measures `count` steps of it instead of training. Returns numbers by name."""
-    device = hfd.pick_device(args.device)
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=hfd.fast_bf16(device))
-
-    def compute():
-        """The two passes of one step."""
-        with autocast():
-            loss = batch_loss(model, args.crop, args.batch)["loss"]
-        loss.backward()
-
-    starts = []
-
-    def marked(*given):
-        """batch_loss, which opens every step: so from one call to the next is a step, with all that belongs to it."""
-        starts.append(hfd.clock(device))
-        return batch_loss(*given)
-
-    args.pause_at = count + 2                               # the first step warms up
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch("hfd.write_atomically"):
-        FIT(args, model, marked, groups, checkpoint, photos, resumed)
-    step = float(np.median(np.diff(starts)[1:]))
-    with FlopCounterMode(display=False) as counter:
-        compute()
-    operations, convolutions, best = counter.get_total_flops(), convolution_seconds(model, compute, autocast), matrix_rate(device)
-    print(f"{args.stage:12} {args.batch / step:7.1f} images/s of {args.crop} px   step / its convolutions {step / convolutions:.2f}   "
-          f"{operations / step / 1e9:.0f} of {best / 1e9:.0f} GFLOP/s = {100 * operations / step / best:.0f} %")
-    return {"images_per_second": args.batch / step, "batch": args.batch, "crop": args.crop, "seconds_per_step": step,
-            "seconds_of_convolutions": convolutions, "step_over_convolutions": step / convolutions,
-            "operations_per_step": operations, "share_of_matrix_product": operations / step / best}
-
+from figures import common
 
 FIT = train.fit
 
 
+class Enough(Exception):
+    """Ends train.fit."""
+
+
+def seconds_per_step(rounds, run, batch_loss):
+    """Seconds of a step of train.fit, in the fastest of some rounds of POOL steps; one more warms
+    up."""
+    marks, calls = [], itertools.count()
+
+    def marked(*given):
+        """batch_loss, which opens every step."""
+        if next(calls) % train.POOL == 0:
+            marks.append(sample.clock(run.device))
+            if len(marks) == rounds + 2:
+                raise Enough
+        return batch_loss(*given)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough):
+        FIT(run, marked)
+    return min(b - a for a, b in zip(marks[1:], marks[2:])) / train.POOL
+
+
+def measure(bench, run, batch_loss):
+    """Takes what train.fit is given, and measures instead of training: {name: ratio}."""
+    device, bf16, calls = run.device, hfd.fast_bf16(run.device), []
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+
+    def compute(step):
+        """The two passes of one step."""
+        with autocast():
+            loss = batch_loss(step, run.args.crop, run.args.batch)["loss"]
+        loss.backward()
+
+    def keep(module, given, _):
+        """A hook that keeps a convolution and what it was given."""
+        calls.append((module, given[0].detach().clone().requires_grad_()))
+
+    def convolve(module, x):
+        """The two passes of one convolution."""
+        with autocast():
+            y = module(x)
+        y.backward(torch.ones_like(y))
+    rounds = 1 if bench.args.quick else 3
+    step = seconds_per_step(rounds, run, batch_loss)
+    with torch.compiler.set_stance("force_eager"):
+        with FlopCounterMode(display=False) as counter:
+            for n in range(train.POOL):
+                compute(n)
+        hooks = [module.register_forward_hook(keep) for module in run.model.modules()
+                 if isinstance(module, torch.nn.Conv2d)]
+        compute(0)
+        for hook in hooks:
+            hook.remove()
+        alone = sum(min(bench.timed(convolve, *call)[1] for _ in range(3)) for call in calls)
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(torch.bfloat16 if bf16 else torch.float32)
+    best = 2 * n ** 3 / min(bench.timed(torch.matmul, a, a)[1] for _ in range(3 * rounds))
+    rate = counter.get_total_flops() / train.POOL / step
+    found = {"step_over_convolutions": step / alone, "share_of_matrix_product": rate / best}
+    muon = run.optimizers[-1]
+    if isinstance(muon, train.Muon):
+        found["muon_share"] = min(bench.timed(muon.step)[1] for _ in range(3)) / step
+        # A pool for four steps has just one batch of pairs; and a step that counts as four wants a
+        # new one every time.
+        with mock.patch("train.POOL", 4):
+            fresh = seconds_per_step(rounds, run, lambda n, *how: batch_loss(4 * n, *how))
+        found["fresh_pairs_over_pool"] = fresh / step
+    if device.type == "cuda":
+        found |= {"crops_per_second": run.args.batch / step, "teraflops": rate / 1e12}
+    return {name: float(f"{value:.3g}") for name, value in found.items()}
+
+
 def main(argv=None):
     """Both stages, on dead leaves, which cost as much as photographs once they are in memory."""
-    parser = argparse.ArgumentParser(prog="python -m figures.speed", description=__doc__.split("\n")[0],
-                                     formatter_class=sample.Help)
-    parser.add_argument("--model", metavar="FILE", default=sample.MODEL, help="checkpoint whose autoencoder stage 2 uses")
-    parser.add_argument("--out", metavar="DIR", default="runs/figures", help="folder for speed.json")
-    parser.add_argument("--count", type=int, default=20, help="steps to time")
-    parser.add_argument("--batch", type=int, help="pictures per step in both stages; without it, what train.py has")
-    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-    args, results = parser.parse_args(argv), {}
-    more = ["--device", args.device] + (["--batch", str(args.batch)] if args.batch else [])
-    for stage, inputs in (("autoencoder", []), ("diffusion", ["--autoencoder", args.model])):
-        def instead(*given):
+    bench = common.Run("speed", __doc__, argv, scored=False, stage1=True, batch=None)
+    args, results = bench.args, {}
+    for stage in ("autoencoder", "diffusion"):
+        flags = ["--device", args.device] + (["--batch", str(args.batch)] if args.batch else [])
+
+        def instead(run, batch_loss):
             """What train.py calls in place of its loop."""
-            results[stage] = {name: float(f"{value:.4g}") for name, value in measure(args.count, *given).items()}
+            results[stage] = {"batch": run.args.batch, "crop": run.args.crop,
+                              **measure(bench, run, batch_loss)}
+            print(f"{stage} on {train.hardware(run.device)}: {results[stage]}")
         with tempfile.TemporaryDirectory() as folder, mock.patch("train.fit", instead):
-            train.main([stage, "--out", f"{folder}/model.pt", *inputs, *more])
-    device = hfd.pick_device(args.device)
-    text = json.dumps({"command": "python -m figures.speed --out figures", "hardware": hfd.hardware(device), "torch": str(torch.__version__),
-                       "memory": hfd.peak_memory(device), "stages": results}, indent=1)
-    os.makedirs(args.out, exist_ok=True)
-    hfd.write_atomically(f"{args.out}/speed.json", lambda f: f.write((text + "\n").encode()))
-    print(f"wrote {args.out}/speed.json")
+            if stage == "diffusion":
+                shutil.copy(Path(args.model, "autoencoder.npz"), folder)
+            if stage == "autoencoder" or bench.model.diffusion:
+                flags += ["--init", args.model]
+            train.main([stage, "--out", folder, *flags])
+    bench.finish(stages=results)
 
 
 if __name__ == "__main__":
-    hfd.run(main)
+    sample.run(main)

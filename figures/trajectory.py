@@ -1,62 +1,47 @@
-"""The sampler at work on the portrait: z_t, and the picture that the denoiser expects to see, from t = 1 to 0.
+"""The sampler at work: above z_t, below the picture E[x | z_t, x_hat] that the denoiser expects.
 
     python -m figures.trajectory --out figures
-
-Above, z_t: noise that turns into a picture. Below, the denoiser's E[x | z_t, x_hat]: at t = 1 it is nearly the autoencoder's blurry
-picture, since noise tells nothing; then it takes one decision after another.
 """
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import hfd
 import sample
 from figures import common
 
+DETAIL, STEPS = (300, 420, 492, 564), 20
+SHOWN = (0, 1, 2, 3, 5, 9, 19)          # most is decided early
 
-DETAIL = (300, 420, 492, 564)       # of the portrait
 
+def recorded(diffusion, x_hat, q, seed):
+    """Sample given x_hat (1, 3, H, W) at level q by DDIM, on the schedule of training. Returns what
+    the denoiser was asked and what it answered: STEPS times (log_snr, z_t, x)."""
+    level, frames = torch.tensor([q], device=x_hat.device), []
 
-class Recorder:
-    """Stands in for a hfd.Diffusion, and keeps what it was asked and what it answered: [(log_snr, z, x)]."""
-
-    def __init__(self, diffusion):
-        self.config, self.diffusion, self.frames = diffusion.config, diffusion, []
-
-    def predict_x(self, z, x_hat, log_snr, *more):
-        """As hfd.Diffusion.predict_x."""
-        x = self.diffusion.predict_x(z, x_hat, log_snr, *more)                                      # (1, 3, H, W)
-        self.frames.append((float(log_snr), z.clone(), x.clone()))
+    def predict_x(z, log_snr):
+        """As hfd.sample needs it."""
+        x = diffusion.predict_x(z, log_snr.to(z)[None], level, x_hat)
+        frames.append((float(log_snr), z.clone(), x))
         return x
+    eps = torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(seed)).to(x_hat.device)
+    hfd.sample(predict_x, STEPS, hfd.ddim_step, diffusion.schedule, lambda: eps)
+    return frames
 
 
 def main(argv=None):
-    """Sample a detail of the portrait, and draw every stage of it as a strip and a GIF."""
-    run = common.Run("trajectory", __doc__, argv, level=1)
-    image, level = run.images[0].crop(common.detail(run.images[0], DETAIL)), run.args.level - 1
-    autoencoder, steps, shown = run.model.autoencoder, 20, (0, 1, 2, 3, 5, 9, 19)       # most is decided early
-    x_hat = autoencoder.decode(autoencoder.encode(sample.to_tensor(image, run.device), level), level)
-    recorder = Recorder(run.model.diffusion)
-    hfd.sample_picture(recorder, x_hat, level, steps, "ddim", run.args.seed, run.model.diffusion.config.eta, patch=max(x_hat.shape), context=0)
-    frames = [[sample.to_image(t.float().clamp(-1, 1), *image.size) for t in (z, x)] for _, z, x in recorder.frames]
-
-    font, w, h, line = ImageFont.load_default(16), *image.size, 24
-    strip = Image.new("RGB", (len(shown) * (w + 4) - 4, line + 2 * (h + 4)), "white")
-    for column, i in enumerate(shown):
-        caption = f"t = {1 - i / steps:.2f}, log SNR {recorder.frames[i][0]:+.1f}"
-        ImageDraw.Draw(strip).text((column * (w + 4) + 2, 1), caption, "black", font)
-        for row in (0, 1):
-            strip.paste(frames[i][row], (column * (w + 4), line + row * (h + 4)))
-    for row, name in enumerate(("z_t", "E[x | z_t, x_hat]")):
-        ImageDraw.Draw(strip).text((5, line + row * (h + 4) + 3), name, "white", font, stroke_width=2, stroke_fill="black")
-    both = [Image.new("RGB", (2 * w + 4, h), "white") for _ in frames]
-    for frame, (z, x) in zip(both, frames):
-        frame.paste(z, (0, 0))
-        frame.paste(x, (w + 4, 0))
-    path = f"{run.args.out}/trajectory.gif"
-    hfd.write_atomically(path, lambda f: both[0].save(f, "GIF", save_all=True, append_images=both[1:] + both[-1:] * 8, duration=150, loop=0))
-    run.finish(strip, sampler=f"ddim, {steps} steps, eta {run.model.diffusion.config.eta:g}", log_snr=[round(frame[0], 3) for frame in recorder.frames])
+    """Draw every stage of sampling a detail of the portrait as a strip and a GIF."""
+    run = common.Run("trajectory", __doc__, argv, scored=False, level=1)
+    image, q, autoencoder = run.images[0].crop(DETAIL), run.args.level - 1, run.model.autoencoder
+    x_hat = autoencoder.decode(autoencoder.encode(sample.to_tensor(image, run.device), q), q)
+    frames = recorded(run.model.diffusion, x_hat, q, run.args.seed)
+    pairs = [[sample.to_image(t, *image.size) for t in (z, x)] for _, z, x in frames]
+    captions = {i: f"t = {1 - i / STEPS:.2f}, log SNR {frames[i][0]:+.1f}" for i in SHOWN}
+    strip = common.sheet({caption: pairs[i] for i, caption in captions.items()}, (
+        "z_t", "E[x | z_t, x_hat]"))
+    film = [common.sheet({"z_t": [z], "E[x | z_t, x_hat]": [x]}, ("",)) for z, x in pairs]
+    hfd.write_atomically(f"{run.args.out}/trajectory.gif", lambda f: film[0].save(
+        f, "GIF", save_all=True, append_images=film[1:] + film[-1:] * 8, duration=150, loop=0))
+    run.finish(strip, log_snr=[round(log_snr, 3) for log_snr, _, _ in frames])
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    hfd.run(main)
+    sample.run(main)

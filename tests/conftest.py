@@ -1,5 +1,6 @@
-"""What the tests share: a picture drawn on the spot, and a model so small that it decodes in milliseconds."""
+"""What the tests share: a drawn picture, and a model so small that it decodes in milliseconds."""
 import contextlib
+import re
 import struct
 import sys
 import zlib
@@ -10,62 +11,76 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))      # the modules lie beside tests/, not in a package
+sys.path.insert(0, str(Path(__file__).parent.parent))      # the modules lie beside tests/
 
-import entropy
 import hfd
 import sample
 import train
 
+torch.set_num_threads(1)                # networks are tiny here: threads would wait for each other
+
 
 @pytest.fixture(scope="session")
 def photo():
-    """A drawn picture with a photograph's statistics and sides that are no multiples of anything: 100x75."""
+    """A drawn picture with a photograph's statistics, 100x75: multiples of nothing."""
     return Image.fromarray(train.dead_leaves(100, np.random.default_rng(0))).crop((0, 0, 100, 75))
 
 
-def sealed(payload, quality=1, block=0, width=32, height=16, seed=0, identity=bytes(4), version=sample.VERSION):
-    """A file that says what we like, with a checksum that is right."""
-    header = sample.HEADER.pack(sample.MAGIC, version, quality, block, width, height, seed, identity)
+@pytest.fixture(scope="session")
+def tiny_model(photo, tmp_path_factory):
+    """Path of a model's folder, with three quality levels. Nothing in it is trained: the transform
+    is the lapped one it starts from, and the denoiser's zeros are filled with a little noise."""
+    torch.manual_seed(0)
+    folder, recipe = tmp_path_factory.mktemp("model"), {"note": "untrained, for tests"}
+    config = hfd.AutoencoderConfig((0.001, 0.004, 0.016), 24, (8, 8, 8, 8), (0, 0, 0, 1))
+    autoencoder = hfd.Autoencoder(config).requires_grad_(False)
+    y = autoencoder.analysis(sample.to_tensor(photo, "cpu"), torch.tensor([0]))
+    autoencoder.prior.fit_scale(y)
+    autoencoder.prior.shift.fill_(0.5)                      # some context
+    hfd.save_part(folder / "autoencoder.npz", autoencoder, recipe)
+    diffusion = hfd.DiffusionPlus(hfd.DiffusionConfig(3, widths=(8, 16), blocks=(1, 1)))
+    for p in diffusion.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    identity = hfd.load_model(folder).identity.hex()
+    hfd.save_part(folder / "denoiser.npz", diffusion, recipe, autoencoder=identity)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model):
+    """The tiny model, loaded."""
+    return hfd.load_model(tiny_model)
+
+
+@pytest.fixture
+def double_precision():
+    """Torch's default precision is another one during the test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def sealed(payload, quality=1, block=0, width=32, height=16, seed=0, identity=bytes(4),
+           version=sample.VERSION):
+    """An .hfd file that says what we like, with a checksum that is right."""
+    header = sample.HEADER.pack(sample.MAGIC, version, quality, block, width, height, seed,
+                                identity)
     return header + struct.pack(">I", zlib.crc32(header + payload)) + payload
 
 
 @contextlib.contextmanager
 def memory_within(megabytes):
-    """Fail if at any moment inside it this process holds so much more memory than at the beginning."""
-    status = lambda name: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) / 1000
+    """Fail if inside it this process ever holds so much more memory than at the beginning."""
+    def peak():
+        """The most so far, in megabytes."""
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", text)[1]) / 1000
     try:
-        Path("/proc/self/clear_refs").write_text("5")       # Linux forgets the peak so far on demand
-    except OSError:
-        yield                                               # other systems cannot say
+        Path("/proc/self/clear_refs").write_text("5")       # Linux forgets the peak on demand
+    except OSError:                                         # other systems cannot say
+        yield
         return
-    before = status("VmRSS")
+    before = peak()
     yield
-    assert status("VmHWM") - before < megabytes
-
-
-@pytest.fixture(scope="session")
-def model(tiny_model):
-    """The tiny checkpoint, loaded."""
-    return hfd.load_model(tiny_model)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(photo, tmp_path_factory):
-    """Path of a checkpoint with three quality levels. Nothing in it is trained: the transform is the lapped DCT it starts
-    from, and the denoiser's zero-initialised layers are filled with a little noise, so that it does something."""
-    torch.manual_seed(0)
-    autoencoder = hfd.Autoencoder(hfd.AutoencoderConfig((0.001, 0.004, 0.016), 24, (8, 8, 8, 8), (0, 0, 0, 1)))
-    with torch.no_grad():
-        autoencoder.prior.fit_scale(autoencoder.analysis(sample.to_tensor(photo, "cpu"), torch.tensor([0])))
-        for weights, value in ((autoencoder.prior.near, 0.25), (autoencoder.prior.shift, 0.5), (autoencoder.prior.across, 0.02)):
-            weights.fill_(value)                            # some context
-    diffusion = hfd.Diffusion(hfd.DiffusionConfig(levels=3, widths=(8, 16), blocks=1))
-    for weight in diffusion.parameters():
-        if not weight.any():
-            torch.nn.init.normal_(weight, std=0.05)
-    path = tmp_path_factory.mktemp("model") / "tiny.pt"
-    tables = entropy.freeze(autoencoder.prior, autoencoder.log_step.exp())
-    packed = hfd.pack(autoencoder, tables, diffusion, {"autoencoder": {"note": "untrained, for tests"}})
-    hfd.write_atomically(str(path), lambda f: torch.save(packed, f))
-    return str(path)
+    assert peak() - before < megabytes

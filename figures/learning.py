@@ -1,0 +1,43 @@
+"""Does more training help? Frechet distance over the autoencoder's, against pixels seen in
+training.
+
+    python -m figures.learning --images KODAK --others runs/1 runs/2 runs/3 --out figures
+
+The model and the others are one training, kept at several times; their recipes tell which.
+"""
+import sample
+from figures import common
+from hfd import HFDError
+
+
+def main(argv=None):
+    """Measure every model at every level, print, draw."""
+    run = common.Run("learning", __doc__, argv, levels=[1, 4], others=[])
+    nets, found = {}, {level: {} for level in run.args.levels}
+    for folder in [run.args.model, *run.args.others]:
+        model = run.other(folder)
+        try:
+            nets[round(float(model.recipes["denoiser"]["gigapixels"]), 4)] = model.diffusion
+        except (LookupError, TypeError, ValueError):
+            raise HFDError(f"{folder}: does not say how many gigapixels it has seen") from None
+    for level in run.args.levels:
+        for seen, net in sorted(nets.items()):
+            what = f"level {level}, {seen:g} gigapixels"
+            found[level][seen] = run.compare(f"{what}, over the autoencoder",
+                                             run.sampled(what, level, net), run.blurry(level))
+    figure, panels = common.axes(max(len(run.distances), 1))
+    for panel, number in zip(panels, run.distances or ("db",)):
+        lines = []
+        for look, (level, points) in zip(common.CYCLE, found.items()):
+            x, y = list(points), [point[number] for point in points.values()]
+            if run.distances:
+                y, low, high = zip(*y)
+                panel.fill_between(x, low, high, color=look[0], alpha=0.12, linewidth=0)
+            lines.append((f"level {level}", x, y, look))
+        common.draw(panel, lines, x, xlabel="gigapixels seen", xscale="log",
+                    title=f"{number}: HFD over the autoencoder")
+    run.finish(figure, over_autoencoder=found)
+
+
+if __name__ == "__main__":
+    sample.run(main)
