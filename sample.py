@@ -70,7 +70,9 @@ def compress(image, model, quality, seed=0, block=0):
     k = model.autoencoder.encode(x, q)                                              # (1, M, h, w)
     if block:
         header = {"quality": quality, "mean": mean, "width": image.width, "height": image.height}
-        x_hat, std = reconstruct(k, header, model), need_diffusion(model).residual_std[q:quality]
+        if need_diffusion(model).config.kind != "plus":
+            raise HFDError("this model's denoiser takes no HFD+ map; leave --plus out")
+        x_hat, std = reconstruct(k, header, model), model.diffusion.residual_std[q:quality]
         energy = hfd.residual_energy(x, x_hat, std, block)                          # (1, 1, ., .)
         side = entropy.encode_map(energy[0, 0].int().cpu(), hfd.ENERGY_LEVELS)
         side = struct.pack(">I", len(side)) + side
@@ -136,13 +138,16 @@ def decode_latent(header, model, name):
     return torch.from_numpy(k)[None].to(model.device), energy
 
 
+def with_mean(x, header):
+    """A picture (1, 3, H', W'), changed in place to have the mean colour that the header tells."""
+    mean = torch.tensor(list(header["mean"]), device=x.device) / 127.5 - 1          # (3,)
+    found = x[0, :, :header["height"], :header["width"]].mean(dim=(1, 2))           # (3,)
+    return x.add_((mean - found)[:, None, None]).clamp_(-1, 1)
+
+
 def reconstruct(k, header, model):
-    """What the autoencoder decodes from a latent (1, M, h, w), with the picture's mean colour:
-    x_hat (1, 3, H', W') in [-1, 1]."""
-    x_hat = model.autoencoder.decode(k, header["quality"] - 1)
-    mean = torch.tensor(list(header["mean"]), device=model.device) / 127.5 - 1      # (3,)
-    found = x_hat[0, :, :header["height"], :header["width"]].mean(dim=(1, 2))       # (3,)
-    return x_hat.add_((mean - found)[:, None, None]).clamp_(-1, 1)
+    """What the autoencoder decodes from a latent (1, M, h, w): x_hat (1, 3, H', W') in [-1, 1]."""
+    return with_mean(model.autoencoder.decode(k, header["quality"] - 1), header)
 
 
 def decompress(data, model, name="file", rho=1.0, seed=None, grouped=False, **settings):
@@ -162,7 +167,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, grouped=False, **se
         seed = header["seed"] if seed is None else seed
         x = draw(need_diffusion(model), x_hat, header["quality"] - 1, seed=seed, energy=energy,
                  **settings)
-        x_hat.lerp_(x, rho)
+        x_hat.lerp_(with_mean(x, header), rho)
     times.append(clock(model.device))
     seconds = dict(zip(("range decoder", "decoder", "diffusion"), np.diff(times).tolist()))
     return to_image(x_hat, header["width"], header["height"]), {"seconds": seconds}

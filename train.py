@@ -467,12 +467,14 @@ POOL = 16       # steps that a pool of pairs serves, of a quarter as many as the
 def train_diffusion(args, device, known):
     """The denoiser, on pairs of crops and their reconstructions by the autoencoder in args.out.
     known: None or the hfd.Model whose denoiser to start from. HFDError if it has no such one."""
+    if not Path(args.out, "autoencoder.npz").exists():
+        raise HFDError(f"{args.out}: has no autoencoder.npz; train stage 1 there, or copy one")
     base = hfd.load_model(args.out, device)
     autoencoder, levels = base.autoencoder, len(base.autoencoder.lambdas)
     photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels,
                     args.variety, args.seed)
-    if known:
-        sample.need_diffusion(known)
+    if known and not known.diffusion:
+        raise HFDError(f"{args.init}: has no denoiser to start from")
     config = known.diffusion.config if known else hfd.DiffusionConfig(levels=levels)
     asked = {name: getattr(args, name) for name in ("kind", "eta", "objective")}
     config = replace(config, **{name: value for name, value in asked.items() if value is not None})
