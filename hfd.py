@@ -63,12 +63,9 @@ def transform_basis(count):
     Start from what is known. JPEG rotates the colours, so that most energy is in one, and expands
     blocks of pixels in cosines, which puts nearly all energy into few coefficients (DCT; Ahmed,
     Natarajan & Rao 1974). Blocks show at low rates; so here functions twice as wide overlap by
-    half, and still form an orthonormal basis: the lapped orthogonal transform (Malvar & Staelin
-    1989). The even and odd cosines of a block, subtracted, nearly vanish at one end, so that
-    together with their mirror image in the next block they fade in and out; one more rotation packs
-    the energy. Energy of what? Of pixels whose neighbours have a correlation of 0.95, as in
-    photographs: rows and columns are first-order Markov chains, covariance 0.95^|i - j|. Colour
-    gets a twentieth of grey's."""
+    half: the lapped orthogonal transform (Malvar & Staelin 1989). Even and odd cosines, subtracted,
+    nearly vanish at one end; with their mirror image in the next block they fade in and out. One
+    more rotation packs the energy, that of pixels whose neighbours have a correlation of 0.95."""
     n = torch.arange(CELL, dtype=torch.float64)
     dct = torch.cos(math.pi / CELL * (n + 0.5) * n[:, None]) * math.sqrt(2 / CELL)  # (16, 16)
     dct[0] /= math.sqrt(2)
@@ -76,10 +73,10 @@ def transform_basis(count):
     lapped = torch.cat([torch.cat([fade, fade.flip(1)], 1),
                         torch.cat([fade, -fade.flip(1)], 1)])                       # (16, 32)
     wide = torch.arange(2 * CELL, dtype=torch.float64)
-    covariance = 0.95 ** (wide - wide[:, None]).abs()                               # (32, 32)
+    covariance = 0.95 ** (wide - wide[:, None]).abs()       # (32, 32), of a Markov chain
     energy, rotation = torch.linalg.eigh(lapped @ covariance @ lapped.T)           # (16,), (16, 16)
     lapped = rotation.T @ lapped
-    # In two dimensions functions are products, and so are their energies.
+    # In two dimensions functions are products, and so are energies. Colour has a twentieth.
     importance = torch.tensor([1, 0.05, 0.05])[:, None, None] * energy[:, None] * energy
     chosen = importance.flatten().argsort(descending=True)[:count]                  # of (3, 16, 16)
     c, u, v = chosen // CELL ** 2, chosen // CELL % CELL, chosen % CELL             # (count,) each
@@ -145,9 +142,8 @@ class Analysis(Transform):
 
 
 class Synthesis(Transform):
-    """Dequantized latent y_hat (B, M, h, w) to x_hat (B, 3, 16 h, 16 w), not yet clamped to [-1,
-    1]. The transpose of an orthonormal matrix is its inverse: the linear path has the same
-    basis."""
+    """Dequantized latent y_hat (B, M, h, w) to x_hat (B, 3, 16 h, 16 w), not clamped. The linear
+    path has the same basis, for an orthonormal matrix is inverted by its transpose."""
 
     def __init__(self, config, basis):
         super().__init__()
@@ -170,9 +166,7 @@ class Autoencoder(nn.Module):
     """Transforms, quantization steps and prior: everything about the bits.
 
     The paper trains one autoencoder per rate. This one serves the whole rate-distortion curve: at
-    quality level q = 0 .. Q-1, channel m is quantized with a step of its own, step[q, m], and
-    coarse steps give few bits. The prior is continuous, so it knows the probabilities for every
-    step."""
+    quality level q = 0 .. Q-1, channel m is quantized with a step of its own, step[q, m]."""
 
     def __init__(self, config=None):
         super().__init__()
@@ -183,10 +177,9 @@ class Autoencoder(nn.Module):
         self.analysis, self.synthesis = Analysis(config, basis), Synthesis(config, basis)
         self.prior = entropy.PRIORS[config.prior](M, Q)
         # Which steps to start from: at high rate, a coefficient quantized with step d costs
-        # h - log2 d bits (h is its differential entropy) and has the squared error d^2 / 12. Where
-        # the derivative of rate + price * error is zero, d^2 = 6 / (price ln 2). The transform is
-        # orthonormal, so errors in y are errors in x; `price` is lambda for one coefficient, with x
-        # in units of 127.5 and an MSE that averages three channels.
+        # h - log2 d bits (h is its differential entropy) and has the squared error d^2 / 12. The
+        # derivative of rate + price * error is zero at d^2 = 6 / (price ln 2). Here the price is
+        # lambda for one coefficient: x is in units of 127.5, and MSE averages three channels.
         lambdas = torch.tensor(config.lambdas, dtype=torch.float32)                 # (Q,)
         log_step = 0.5 * torch.log(6 / (lambdas * 127.5 ** 2 / 3 * math.log(2)))    # (Q,)
         self.log_step = nn.Parameter(log_step[:, None].repeat(1, M))                # (Q, M)
@@ -199,8 +192,7 @@ class Autoencoder(nn.Module):
 
     def dequantize(self, k, q):
         """Integers k (B, M, h, w) at levels q (B,) to y_hat. Not to the middle of each bin: small
-        values are more probable than large ones, so what fell into a bin lies on the side of zero
-        more often than not. How far to move there is learned."""
+        values are likelier than large ones, so move by a learned share of a step towards zero."""
         return self.step(q) * (k - self.offset[q][:, :, None, None] * k.sign())     # (B, M, h, w)
 
     def forward(self, x, q):
@@ -242,8 +234,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, k, q):
-        """Integer latent k (1, M, h, w) to the reconstruction x_hat (1, 3, 16 h, 16 w) in [-1,
-        1]."""
+        """Integer latent k (1, M, h, w) to x_hat (1, 3, 16 h, 16 w) in [-1, 1]."""
         level = torch.tensor([q], device=k.device)
         x_hat = torch.empty(1, 3, CELL * k.shape[2], CELL * k.shape[3], device=k.device)
         apply_tiled(lambda k: self.synthesis(self.dequantize(k, level), level), [k], x_hat)
@@ -252,11 +243,8 @@ class Autoencoder(nn.Module):
 
 # Stage 2: noise, and a network that removes it ----------------------------------------------------
 # Diffusion (Sohl-Dickstein et al. 2015; Ho et al. 2020) destroys a picture gradually and learns to
-# go back:
-#
-#     z_t = alpha_t x + sigma_t eps,   eps ~ N(0, I),   alpha_t^2 + sigma_t^2 = 1
-#
-# ("variance preserving"). All that matters about time is the ratio of signal to noise, log_snr =
+# go back: z_t = alpha_t x + sigma_t eps with eps ~ N(0, I) and alpha_t^2 + sigma_t^2 = 1 ("variance
+# preserving"). All that matters about time is the ratio of signal to noise, log_snr =
 # log(alpha^2 / sigma^2), which falls from very clean (t = 0) to pure noise (t = 1). Which t sees
 # which ratio is the *schedule*.
 
@@ -270,14 +258,10 @@ def log_snr_at(t, eta):
     """The shifted cosine schedule: log_snr(t; eta) = -2 log(eta tan(pi t / 2)), within +-15.
 
     eta = 1 is the cosine schedule (Nichol & Dhariwal 2021, without their offset; as a log SNR in
-    *simple diffusion*, Hoogeboom et al. 2023). A factor eta on sigma / alpha moves all of it by
-    -2 log eta. The paper takes eta = 0.5, *less* noise: x_hat already
-    holds the global structure, and what is left to decide is fine detail, which little noise is
-    enough to hide. (Text to image shifts the other way: there the structure must be invented too.)
-
-    t: tensor in [0, 1]. Returns its shape."""
-    # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): so both stay positive up to the
-    # ends.
+    *simple diffusion*, Hoogeboom et al. 2023). The paper takes eta = 0.5, *less* noise: x_hat holds
+    the global structure, and what is left to decide is fine detail, which little noise is enough to
+    hide. (Text to image shifts the other way.) t: tensor in [0, 1]. Returns its shape."""
+    # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): both positive up to the ends.
     noise, signal = torch.sin(math.pi / 2 * t), torch.sin(math.pi / 2 * (1 - t))
     return (-2 * torch.log(eta * noise / signal)).clamp(-15, 15)
 
@@ -321,10 +305,8 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A compact U-Net (Ronneberger et al. 2015), with additive shortcuts.
-
-    No attention, and nothing else that mixes distant pixels: see `apply_tiled` for what that
-    buys."""
+    """A compact U-Net (Ronneberger et al. 2015), with additive shortcuts. No attention, and nothing
+    else that mixes distant pixels: see `apply_tiled` for what that buys."""
 
     def __init__(self, inputs, outputs, widths, blocks, levels, norm, conditioning=128):
         super().__init__()
@@ -349,10 +331,9 @@ class UNet(nn.Module):
         self.head = nn.Sequential(ChannelNorm(norm), head)
 
     def forward(self, x, log_snr, q):
-        """x: (B, inputs, h, w), sides multiples of 2^(resolutions - 1); log_snr, q: (B,). Returns
-        (B, outputs, h, w), float32."""
-        # Sines and cosines of log_snr, from slow to fast, let a small network tell nearby noise
-        # levels apart (Vaswani et al. 2017).
+        """x: (B, inputs, h, w); log_snr, q: (B,). Returns (B, outputs, h, w), float32."""
+        # Slow and fast waves let a small network tell nearby noise levels apart (Vaswani et al.
+        # 2017).
         angles = log_snr[:, None] * self.frequencies                                # (B, 32)
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)                      # (B, 64)
         c = F.silu(self.embed(waves) + self.level(q))                            # (B, conditioning)
@@ -389,10 +370,10 @@ class DiffusionConfig:
 class Diffusion(nn.Module):
     """The conditional denoiser, plain v-prediction: what it predicts, how it is trained.
 
-    It predicts the velocity v = alpha eps - sigma x (Salimans & Ho 2022), from which both follow: x
-    = alpha z - sigma v and eps = sigma z + alpha v. A network that predicts eps has its error in x
-    multiplied by sigma / alpha, one that predicts x has its error in eps multiplied by alpha /
-    sigma: each explodes at one end of time. With v neither does."""
+    It predicts the velocity v = alpha eps - sigma x (Salimans & Ho 2022), from which both follow:
+    x = alpha z - sigma v and eps = sigma z + alpha v. A network that predicts eps has its error in
+    x multiplied by sigma / alpha, one that predicts x the reverse: each explodes at one end of
+    time. With v neither does."""
     inputs, outputs = 24, 12          # planes of the U-Net: 2x2 pixels of three colours make twelve
 
     def __init__(self, config=None):
@@ -422,7 +403,7 @@ class Diffusion(nn.Module):
     def diffuse(self, x):
         """Draw times and noise for a batch x (B, 3, H, W): (log_snr (B,), z_t, v)."""
         # One uniform number, spread evenly over the batch: every step sees all times (Kingma et al.
-        # 2021, appendix on the variance of the loss).
+        # 2021).
         B = len(x)
         t = (torch.rand((), device=x.device) + torch.arange(B, device=x.device) / B) % 1    # (B,)
         log_snr = self.schedule(t)                                                  # (B,)
@@ -443,10 +424,8 @@ class Diffusion(nn.Module):
 def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
     """Ancestral sampling, from t to a smaller s (Ho et al. 2020, as in Kingma et al. 2021): draw
     from q(z_s | z_t, x) = N(alpha_s ((1 - c) z_t / alpha_t + c x), sigma_s^2 c),  c = 1 - SNR_t /
-    SNR_s.
-
-    z: z_t, overwritten, for it may be large; x: the denoiser's; noise(): a standard normal
-    tensor."""
+    SNR_s. z: z_t, overwritten, for it may be large; x: the denoiser's; noise(): a standard
+    normal."""
     (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
     c = -torch.expm1(log_snr_t - log_snr_s)     # expm1: for small steps 1 - ratio would cancel
     z.mul_(float(alpha_s * (1 - c) / alpha_t)).add_(x, alpha=float(alpha_s * c))    # the mean
@@ -458,9 +437,8 @@ def sample(predict_x, steps, step, schedule, noise, on_step=lambda step: None):
     """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
 
     predict_x(z, log_snr): the denoiser, log_snr a float64 scalar tensor. step: ddpm_step or another
-    one. schedule: t to log_snr, tensors. noise(): a fresh standard normal tensor; the result has
-    its shape. The last step returns the denoiser's x itself. on_step is told how many steps are
-    done."""
+    one. schedule: t to log_snr, tensors. noise(): a fresh standard normal tensor. Returns its
+    shape, the last x of the denoiser. on_step is told how many steps are done."""
     log_snr = schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))        # (steps + 1,)
     z = noise()
     for i in range(steps):
@@ -597,14 +575,12 @@ def flow_log_snr_at(t, eta):
     """Its schedule: 2 log((1 - t) / t), shifted by eta as the cosine's. t, returns: as log_snr_at.
 
     Rectified flow (Liu et al. 2023; Lipman et al. 2023) goes from picture to noise in a straight
-    line, z'_t = (1 - t) x + t eps, and its network predicts eps - x. That differs from v-prediction
-    by no more than this schedule, by three facts. A point on the line is z times a constant, at the
-    same SNR. eps - x = (sigma - alpha) z + (alpha + sigma) v, where z is known, so its squared
-    error is (alpha + sigma)^2 times that of v: a weight between 1 and 2, which we leave out. And an
-    Euler step along the line is a DDIM step (Kingma & Gao 2023; the tests show all three).
-
-    That is for eta = 1. With another eta the line is straight in t' = eta t / (1 - t + eta t): same
-    path, and steps that are equal in t are not equal along it."""
+    line, z'_t = (1 - t) x + t eps, and its network predicts eps - x. That is v-prediction with this
+    schedule, by three facts (Kingma & Gao 2023; the tests show them). A point on the line is z
+    times a constant. eps - x = (sigma - alpha) z + (alpha + sigma) v, where z is known: a weight
+    (alpha + sigma)^2 between 1 and 2, which we leave out. An Euler step along the line is a DDIM
+    step. With eta other than 1 it is straight in t' = eta t / (1 - t + eta t): the same path, in
+    other steps."""
     return (-2 * torch.log(eta * t / (1 - t))).clamp(-15, 15)
 
 
@@ -657,16 +633,14 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=None):
 
     Our networks are convolutions without attention and without normalisation over space. Such a
     network is a local rule: an output pixel depends on inputs at most one *receptive field radius*
-    away. So a tile evaluated together with `context` pixels around it is, once the context is
-    cropped off again, exactly the tile of the whole picture, if context >= radius. The windows end
-    at the picture's own edges, where the convolutions pad with zeros just as they would for the
-    whole.
+    away. So a tile evaluated together with `context` >= radius pixels around it is, once these are
+    cropped off again, exactly the tile of the whole picture. (At the picture's own edges the
+    windows end, and the convolutions pad with zeros as they would for the whole.)
 
-    inputs, out: tensors (1, C, h, w) that describe one picture, whose sides are multiples of CELL,
-    each at its own resolution, and one at the picture's; out is written to. tile, context: pixels,
-    rounded up to whole cells, which keeps windows aligned with the strides; 160 is enough for the
-    autoencoder. chosen(row, column): whether to visit that tile. ValueError for more than one
-    picture."""
+    inputs, out: tensors (1, C, h, w) of one picture, whose sides are multiples of CELL, each at its
+    own resolution, one at the picture's; out is written to. tile, context: pixels, rounded up to
+    cells, which keeps windows aligned with the strides; 160 is enough for the autoencoder.
+    chosen(row, column): whether to visit a tile. ValueError for more than one picture."""
     if any(len(t) != 1 for t in (*inputs, out)):
         raise ValueError("one picture at a time, please: tensors of shape (1, C, H, W)")
     tile, context = math.ceil(tile / CELL), math.ceil(context / CELL)               # in cells now
@@ -696,8 +670,8 @@ RELATIVE_ETA = 1.5                      # likewise, in units of the residual's s
 
 def fast_bf16(device):
     """Whether bfloat16 is worth it: on GPUs of the last years, and on CPUs that are faster in it
-    than in float32. AMD's with AVX-512 are; Intel's without AMX take almost twice as long. (With
-    AMX they should be faster; that was not measured.)"""
+    than in float32: AMD's with AVX-512 are, Intel's without AMX are not (with AMX: not
+    measured)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
@@ -717,9 +691,9 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
 
     q: level; energy: None or the HFD+ map, one value per CELL, (1, 1, H/16, W/16). sampler: one of
     SAMPLERS; None for "dpm", or for a flow "ddim", which is Euler's step. eta: shift of the
-    schedule; None for RELATIVE_ETA times the residual's standard deviation, so that the noise is of
-    the size of what is missing. All noise is drawn on the CPU, for the whole picture at once, so it
-    depends on `seed` alone. group, known: see sample_in_groups. Returns (1, 3, H, W) in [-1, 1]."""
+    schedule; None for RELATIVE_ETA times the residual's standard deviation: noise of the size of
+    what is missing. The noise depends on `seed` alone: it is drawn on the CPU, for all of the
+    picture. group, known: see sample_in_groups. Returns (1, 3, H, W) in [-1, 1]."""
     device, bf16, generator = x_hat.device, fast_bf16(x_hat.device), torch.Generator()
     generator.manual_seed(seed)
     level, canvas = torch.tensor([q], device=device), torch.empty_like(x_hat)       # (1, 3, H, W)
@@ -769,8 +743,7 @@ def sample_in_groups(diffusion, x_hat, q, seed=0, on_step=lambda step: None, **s
     return known
 
 
-# A model is a folder: autoencoder.npz and, after stage 2, denoiser.npz, of arrays and one JSON text
-# --
+# A model is a folder of arrays: autoencoder.npz and, after stage 2, denoiser.npz ------------------
 
 
 class HFDError(Exception):
@@ -778,9 +751,8 @@ class HFDError(Exception):
 
 
 def write_atomically(path, write):
-    """Call write(f) on a temporary file beside `path`, then rename it: `path` is always complete,
-    old or new. A link is followed, and a file that was there keeps its mode. HFDError if that
-    fails."""
+    """Call write(f) on a temporary file, then rename it: `path` is always complete, old or new. A
+    link is followed, and a file that was there keeps its mode. HFDError if that fails."""
     path = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(path), f".hfd-{os.getpid()}.tmp")
     try:
@@ -825,9 +797,8 @@ def read_archive(path):
 
 
 def save_part(path, network, recipe, **more):
-    """Write what ships of a stage: matrices in half precision, the rest as it is. recipe: how it
-    was made; more: other things to tell. The prior of an autoencoder is frozen to integer
-    tables."""
+    """Write what ships of a stage: matrices in half precision, an autoencoder's prior frozen to
+    integer tables. recipe: how it was made; more: what else to tell."""
     arrays = {f"weights.{name}": t.half() if name.endswith("weight") else t
               for name, t in network.state_dict().items()}
     if isinstance(network, Autoencoder):
@@ -837,32 +808,36 @@ def save_part(path, network, recipe, **more):
     write_archive(path, about, arrays)
 
 
-def rebuild(config, arrays, device):
-    """The network of this configuration with the weights in `arrays`, or ValueError. It is built on
-    torch's device "meta" first, where tensors have no memory: a forged file may ask for any
-    size."""
-    if isinstance(config, AutoencoderConfig):
-        kind, sizes, scales = Autoencoder, (config.latents,), config.lambdas
-    else:
-        kind, sizes, scales = DENOISERS[config.kind], (config.levels,), (config.eta,)
-    numbers = *sizes, *config.widths, *(n + 1 for n in config.blocks)
-    if not (all(type(n) is int and 0 < n <= 1024 for n in numbers) and sum(config.blocks) < 64 and
-            len(config.widths) == len(config.blocks) <= 4 and len(scales) <= 64 and
-            all(0 < scale < 1e6 for scale in scales) and
-            getattr(config, "objective", "v") in SCHEDULES):
+def load_part(path, config_kind, device):
+    """(network, text, tables by name) of an archive, or ValueError and the like. The network is
+    built on torch's device "meta" first, where tensors have no memory: a forged file may ask for
+    any."""
+    about, arrays = read_archive(path)
+    if about["format"] != "hfd 1":
+        raise ValueError("it was written by another version")
+    config = config_kind(**{name: tuple(value) if isinstance(value, list) else value
+                            for name, value in about["config"].items()})
+    kind = Autoencoder if config_kind is AutoencoderConfig else DENOISERS[config.kind]
+    numbers = np.concatenate([np.atleast_1d(value) for name, value in vars(config).items()
+                              if name not in ("prior", "kind", "objective", "norm")])
+    stages = len(config.widths)
+    if not ((numbers >= 0) & (numbers <= 1024)).all() or not len(config.blocks) == stages <= 4 or (
+            len(numbers) > 64 or sum(config.blocks) > 64):
         raise ValueError("its configuration cannot be meant")
     with torch.device("meta"):
         asked = {f"weights.{name}": t.shape for name, t in kind(config).state_dict().items()}
     weights = {name: a for name, a in arrays.items() if name.startswith("weights.")}
     if asked != {name: a.shape for name, a in weights.items()}:
         raise ValueError("its weights do not fit its configuration")
-    kinds = np.float16, np.float32
-    if not all(a.dtype in kinds and np.isfinite(a).all() for a in weights.values()):
+    if not all(a.dtype.name in ("float16", "float32") and np.isfinite(a).all()
+               for a in weights.values()):
         raise ValueError("its weights are not numbers")
     network = kind(config).float()
     network.load_state_dict({name.removeprefix("weights."): torch.from_numpy(a.astype(np.float32))
                              for name, a in weights.items()})
-    return network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    return network, about, {name.removeprefix("tables."): arrays[name] for name in arrays
+                            if name.startswith("tables.")}
 
 
 @dataclass
@@ -878,36 +853,27 @@ class Model:
 
 
 def load_model(folder, device="cpu"):
-    """The Model in a folder. It carries its configuration: no flags. HFDError if it cannot be
-    used."""
-    def part(name, kind):
-        """(text, configuration, arrays) of one archive."""
-        about, arrays = read_archive(os.path.join(folder, name))
-        if about["format"] != "hfd 1":
-            raise ValueError("it was written by another version")
-        config = {key: tuple(n) if isinstance(n, list) else n for key, n in about["config"].items()}
-        return about, kind(**config), arrays
-
+    """The Model in a folder; it carries its configuration. HFDError if it cannot be used."""
     path = os.path.join(folder, "autoencoder.npz")
     try:
-        about, config, arrays = part("autoencoder.npz", AutoencoderConfig)
-        autoencoder = rebuild(config, arrays, device)
-        tables = entropy.TABLES[config.prior](**{name[7:]: a for name, a in arrays.items()
-                                                 if name.startswith("tables.")}).validate()
-        if tables.octaves.shape != autoencoder.log_step.shape or len(config.widths) != 4:
+        autoencoder, about, tables = load_part(path, AutoencoderConfig, device)
+        tables = entropy.TABLES[autoencoder.config.prior](**tables).validate()
+        if tables.octaves.shape != autoencoder.log_step.shape or (
+                len(autoencoder.config.widths) != 4):
             raise ValueError("its parts do not belong together")
         weights = [t.cpu().numpy() for t in autoencoder.state_dict().values()]
-        digest = hashlib.sha256(b"".join(a.tobytes() for a in (*weights, *vars(tables).values())))
-        model = Model(torch.device(device), autoencoder, tables, digest.digest()[:4],
+        data = b"".join(a.tobytes() for a in (*weights, *vars(tables).values()))
+        model = Model(torch.device(device), autoencoder, tables, hashlib.sha256(data).digest()[:4],
                       {"autoencoder": about["recipe"]})
         path = os.path.join(folder, "denoiser.npz")
         if os.path.exists(path):
-            about, config, arrays = part("denoiser.npz", DiffusionConfig)
-            fits = about["autoencoder"] == model.identity.hex()
-            if not fits or config.levels != len(autoencoder.lambdas):
+            diffusion, about, _ = load_part(path, DiffusionConfig, device)
+            config, Q = diffusion.config, len(autoencoder.lambdas)
+            if (about["autoencoder"], config.levels) != (model.identity.hex(), Q):
                 raise ValueError("it was trained for another autoencoder than the one beside it")
-            model.diffusion = rebuild(config, arrays, device)
-            model.recipes["denoiser"] = about["recipe"]
+            if config.objective not in SCHEDULES:
+                raise ValueError(f"its objective is {config.objective}")
+            model.diffusion, model.recipes["denoiser"] = diffusion, about["recipe"]
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HFDError(f"{path}: cannot be used ({' '.join(str(error).split())[:120]})") from None
     return model
