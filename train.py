@@ -44,9 +44,8 @@ def dead_leaves(size, rng):
     shows through. rng: a NumPy Generator.
 
     The simplest model of why photographs look as they do (Lee, Mumford & Huang 2001): the world is
-    made of objects that hide each other, and they come in all sizes, so the radius r has the
-    density r^-3. That gives edges, flat parts, and statistics that do not change with scale. Drawn
-    at twice the size, then halved, for smooth edges."""
+    made of objects that hide each other, in all sizes: the radius r has the density r^-3. Drawn at
+    twice the size, then halved, for smooth edges."""
     big = 2 * size
     canvas = Image.new("RGB", (big, big))
     draw = ImageDraw.Draw(canvas)
@@ -87,17 +86,15 @@ def varied(crop, size, soft_colour, gamma):
 
 def picture_files(folder):
     """The paths of all pictures in a folder and those below it, sorted, or of the one picture that
-    is named. Hidden ones are left out (thumbnails, mostly), and links to folders are not
-    followed."""
+    is named. Hidden ones (thumbnails, mostly) are left out, and links to folders not followed."""
     if os.path.isfile(folder):
         return [Path(folder)]
-    found = [path for path in Path(folder).rglob("*") if path.is_file() and not any(
+    found = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and not any(
         part.startswith(".") for part in path.relative_to(folder).parts)]
-    known = Image.registered_extensions()
     for path in found:
-        if path.suffix.lower() in (".heic", ".heif", ".raw", ".dng", ".cr2", ".nef"):
+        if path.suffix.lower() in (".heic", ".heif", ".dng", ".cr2", ".nef"):
             print(f"note: {path}: skipped, for Pillow cannot read it", file=sys.stderr)
-    return sorted(path for path in found if path.suffix.lower() in known)
+    return [path for path in found if path.suffix.lower() in Image.registered_extensions()]
 
 
 class Photos:
@@ -536,42 +533,38 @@ def command_line():
     """The parser of both stages, with every default in its help."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands, stages = parser.add_subparsers(dest="stage", required=True), {}
-    for stage, batch, crop, what in (("autoencoder", 8, 128, "stage 1: rate + lambda * MSE"),
-                                     ("diffusion", 16, 64, "stage 2: sample x given x_hat")):
-        stages[stage] = p = commands.add_parser(stage, help=what, formatter_class=sample.Help)
+    commands = parser.add_subparsers(dest="stage", required=True)
+    stages = {"autoencoder": "stage 1: rate + lambda * MSE", "diffusion": "stage 2: x given x_hat"}
+    ae, diffusion = (commands.add_parser(stage, help=text, formatter_class=sample.Help)
+                     for stage, text in stages.items())
+    for p, batch, crop in ((ae, 8, 128), (diffusion, 16, 64)):
         p.add_argument("--images", metavar="DIR", help="folder of pictures, or one picture; those "
                        "below are read, hidden ones and linked ones not. Without: dead leaves")
         p.add_argument("--out", metavar="DIR", default="runs/model", help="folder of the model")
         p.add_argument("--resume", action="store_true",
                        help="go on in --out, with its settings unless given anew")
         p.add_argument("--init", metavar="DIR", help="start from the model in this folder")
-        p.add_argument("--steps", type=int, default=20_000,
-                       help="optimizer steps; the learning rate falls to zero there")
-        p.add_argument("--batch", type=int, default=batch, help="crops per step (and per GPU)")
-        p.add_argument("--crop", type=int, default=crop,
-                       help="side of the crops, a multiple of 16; twice that in the last quarter")
-        p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; Muon's "
-                       "(in stage 2) is ten times that")
-        p.add_argument("--warmup", type=int, default=200, help="steps until the peak is reached")
         p.add_argument("--seed", type=sample.seed_number, default=0, help="of everything random")
         p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-        p.add_argument("--megapixels", type=float, default=4000.0,
-                       help="most picture data in memory (3 bytes a pixel)")
-        p.add_argument("--variety", type=float, default=0.5, metavar="SHARE",
-                       help="of the crops, how many are resized, softened in colour, exposed anew")
-        p.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="per line")
-        p.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="per save")
-    stages["autoencoder"].add_argument(
-        "--prior", choices=entropy.PRIORS, default="context", help="Part I or Part II of "
-        "entropy.py; another one than --init has is learned alone, so that pictures stay")
-    p, new = stages["diffusion"], "; left out: what --init has, or "
-    p.add_argument("--kind", choices=hfd.DENOISERS, help="plain v-prediction, with the closed-form "
-                   "start, or with HFD+ too" + new + "plus")
-    p.add_argument("--eta", type=float, help="shift of the noise schedule: 1 is cosine, the paper "
-                   "has 0.5" + new + "0.1")
-    p.add_argument("--objective", choices=hfd.SCHEDULES, help="v: diffusion, flow: rectified flow"
-                   + new + "v")
+        for flag, default, text in (
+                ("steps", 20_000, "optimizer steps; the learning rate falls to zero there"),
+                ("batch", batch, "crops per step (and per GPU)"),
+                ("crop", crop, "their side, a multiple of 16; twice that in the last quarter"),
+                ("lr", 1e-3, "peak learning rate of AdamW; Muon's (in stage 2) is ten times that"),
+                ("warmup", 200, "steps until the peak is reached"),
+                ("megapixels", 4000.0, "most picture data in memory (3 bytes a pixel)"),
+                ("variety", 0.5, "share of crops that are resized, softened in colour, relit"),
+                ("log-every", 50, "steps per line"), ("save-every", 1000, "steps per save")):
+            p.add_argument("--" + flag, type=type(default), default=default, help=text)
+    ae.add_argument("--prior", choices=entropy.PRIORS, default="context", help="Part I or Part II of "
+                    "entropy.py; another than --init has is learned alone, so that pictures stay")
+    new = "; left out: what --init has, or "
+    diffusion.add_argument("--kind", choices=hfd.DENOISERS, help="plain v-prediction, with the "
+                           "closed-form start, or with HFD+ too" + new + "plus")
+    diffusion.add_argument("--eta", type=float, help="shift of the noise schedule: 1 is cosine, "
+                           "the paper has 0.5" + new + "0.1")
+    diffusion.add_argument("--objective", choices=hfd.SCHEDULES,
+                           help="v: diffusion, flow: rectified flow" + new + "v")
     return parser
 
 
