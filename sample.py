@@ -19,8 +19,7 @@ big-endian:
           21-24  CRC-32 of everything else
           25-    with HFD+: bytes of the map (32 bits), the map; then the latent
 
-The identity names the autoencoder only. The diffusion model adds no bits and may be retrained, and
-old files still decode.
+The identity names the autoencoder only: the diffusion model adds no bits, and may be retrained.
 """
 import argparse
 import bisect
@@ -44,34 +43,37 @@ import hfd
 from hfd import CELL, HFDError
 
 MAGIC, VERSION = b"HFD", 4
-HEADER = struct.Struct(">3sBBBHH3sI4s")       # without the checksum, which follows it
+FIELDS = "magic", "version", "quality", "block", "width", "height", "mean", "seed", "identity"
+HEADER = struct.Struct(">3sBBBHH3sI4s")     # of these; the checksum follows
 HEADER_BYTES = HEADER.size + 4
 BLOCKS = (16, 32, 64, 128)                  # sides that an HFD+ map's blocks may have
 MAX_PIXELS = 100_000_000                    # a larger picture is refused before memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints")
+DETAIL = (325, 440, 453, 552)               # of the demo's portrait: cloth and ribbons
 
 # The file format ----------------------------------------------------------------------------------
 
 
 def compress(image, model, quality, seed=0, block=0):
     """PIL RGB image to (bytes of an .hfd file, report). quality: 1 .. Q, more is better and larger.
-    block: 0, or one of BLOCKS to add the HFD+ map.
+    block: 0, or one of BLOCKS to add the HFD+ map. HFDError for what cannot be coded so.
 
     The report holds `estimated` (cross-entropy), `payload` and `file` in bits per pixel, and
-    seconds per part. HFDError for anything else than an RGB image or such a quality and block."""
-    levels = len(model.autoencoder.lambdas)
+    `seconds` of each part."""
+    levels, q = len(model.autoencoder.lambdas), quality - 1
     if image.mode != "RGB":
         raise HFDError(f"a picture of mode {image.mode}; open_picture makes RGB of any")
     if not 1 <= quality <= levels or block not in (0, *BLOCKS):
         raise HFDError(f"quality must lie between 1 and {levels}, an HFD+ block be in {BLOCKS}")
+    if block and need_diffusion(model).config.kind != "plus":
+        raise HFDError("this model's denoiser takes no HFD+ map; leave --plus out")
     times = [clock(model.device)]
-    x, q, side = to_tensor(image, model.device), quality - 1, b""                   # (1, 3, H', W')
     mean = np.asarray(image).mean(axis=(0, 1)).round().astype(np.uint8).tobytes()   # 3 bytes
+    header = dict(zip(FIELDS, (MAGIC, VERSION, quality, block.bit_length() - 1 if block else 0,
+                               image.width, image.height, mean, seed, model.identity)))
+    x, side = to_tensor(image, model.device), b""                                   # (1, 3, H', W')
     k = model.autoencoder.encode(x, q)                                              # (1, M, h, w)
     if block:
-        header = {"quality": quality, "mean": mean, "width": image.width, "height": image.height}
-        if need_diffusion(model).config.kind != "plus":
-            raise HFDError("this model's denoiser takes no HFD+ map; leave --plus out")
         x_hat, std = reconstruct(k, header, model), model.diffusion.residual_std[q:quality]
         energy = hfd.residual_energy(x, x_hat, std, block)                          # (1, 1, ., .)
         side = entropy.encode_map(energy[0, 0].int().cpu(), hfd.ENERGY_LEVELS)
@@ -79,13 +81,12 @@ def compress(image, model, quality, seed=0, block=0):
     times.append(clock(model.device))
     latent, bits = entropy.encode(k[0].cpu().numpy(), model.tables, q)
     times.append(clock(model.device))
-    payload, pixels = side + latent, image.width * image.height
-    header = HEADER.pack(MAGIC, VERSION, quality, block.bit_length() - 1 if block else 0,
-                         image.width, image.height, mean, seed, model.identity)
-    data = header + struct.pack(">I", zlib.crc32(header + payload)) + payload
-    return data, {"estimated": (bits + 8 * len(side)) / pixels, "file": 8 * len(data) / pixels,
-                  "payload": 8 * len(payload) / pixels,
-                  "seconds": dict(zip(("encoder", "range encoder"), np.diff(times).tolist()))}
+    head, payload = HEADER.pack(*header.values()), side + latent
+    data = head + struct.pack(">I", zlib.crc32(head + payload)) + payload
+    bits = {"estimated": bits + 8 * len(side), "payload": 8 * len(payload), "file": 8 * len(data)}
+    report = {part: n / (image.width * image.height) for part, n in bits.items()}
+    seconds = dict(zip(("encoder", "range encoder"), np.diff(times).tolist()))
+    return data, report | {"seconds": seconds}
 
 
 def parse(data, name):
@@ -93,25 +94,23 @@ def parse(data, name):
     dictionary, with `energy` (bytes of the map) and `payload`. HFDError for any other file."""
     if len(data) < HEADER_BYTES or data[:3] != MAGIC:
         raise HFDError(f"{name}: not an .hfd file, or cut off in its header")
-    _, version, quality, block, width, height, mean, seed, identity = HEADER.unpack_from(data)
-    if version != VERSION:
-        raise HFDError(f"{name}: written in version {version} of the format, not {VERSION}")
+    header = dict(zip(FIELDS, HEADER.unpack_from(data)))
+    if header["version"] != VERSION:
+        raise HFDError(f"{name}: in version {header['version']} of the format, not {VERSION}")
     payload = memoryview(data)[HEADER_BYTES:]             # no copy yet: a hostile file may be large
     crc = int.from_bytes(data[HEADER.size:HEADER_BYTES], "big")
     if zlib.crc32(payload, zlib.crc32(data[:HEADER.size])) != crc:
         raise HFDError(f"{name}: damaged or cut off (its checksum does not match)")
-    if not width or not height or width * height > MAX_PIXELS:
-        raise HFDError(f"{name}: claims to be {width}x{height} pixels; the limit is "
-                       f"{MAX_PIXELS // 10 ** 6} megapixels")
+    if not 0 < header["width"] * header["height"] <= MAX_PIXELS:
+        size = f"{header['width']}x{header['height']}"
+        raise HFDError(f"{name}: claims {size} pixels; 1 to {MAX_PIXELS} are possible")
     energy = b""
-    if block:
-        size = 4 + int.from_bytes(payload[:4], "big")
-        if 1 << block not in BLOCKS or len(payload) < size:
+    if header["block"]:
+        header["block"], size = 1 << header["block"], 4 + int.from_bytes(payload[:4], "big")
+        if header["block"] not in BLOCKS or len(payload) < size:
             raise HFDError(f"{name}: its HFD+ map cannot be read")
         energy, payload = payload[4:size], payload[size:]
-    return {"quality": quality, "width": width, "height": height, "mean": mean, "seed": seed,
-            "identity": identity, "block": 1 << block if block else 0, "energy": bytes(energy),
-            "payload": bytes(payload)}
+    return header | {"energy": bytes(energy), "payload": bytes(payload)}
 
 
 def decode_latent(header, model, name):
@@ -121,13 +120,12 @@ def decode_latent(header, model, name):
         raise HFDError(f"{name}: made by model {header['identity'].hex()}, and this one is "
                        f"{model.identity.hex()}; name the right one with --model")
     Q, M = model.autoencoder.log_step.shape
-    h, w = math.ceil(header["height"] / CELL), math.ceil(header["width"] / CELL)
     if not 1 <= header["quality"] <= Q:
         raise HFDError(f"{name}: claims quality {header['quality']}, which the model does not have")
+    h, w = math.ceil(header["height"] / CELL), math.ceil(header["width"] / CELL)
+    energy, n = None, header["block"] // CELL               # n cells per block and side
     try:
-        energy = None
-        if header["block"]:
-            n = header["block"] // CELL                     # cells per block and side
+        if n:
             blocks = math.ceil(h / n), math.ceil(w / n)
             energy = entropy.decode_map(header["energy"], hfd.ENERGY_LEVELS, blocks)
             energy = torch.from_numpy(energy.repeat(n, 0).repeat(n, 1)[:h, :w])     # (h, w)
@@ -164,9 +162,8 @@ def decompress(data, model, name="file", rho=1.0, seed=None, grouped=False, **se
     times.append(clock(model.device))
     if rho > 0:
         draw = hfd.sample_in_groups if grouped else hfd.sample_picture
-        seed = header["seed"] if seed is None else seed
-        x = draw(need_diffusion(model), x_hat, header["quality"] - 1, seed=seed, energy=energy,
-                 **settings)
+        settings |= {"seed": header["seed"] if seed is None else seed, "energy": energy}
+        x = draw(need_diffusion(model), x_hat, header["quality"] - 1, **settings)
         x_hat.lerp_(with_mean(x, header), rho)
     times.append(clock(model.device))
     seconds = dict(zip(("range decoder", "decoder", "diffusion"), np.diff(times).tolist()))
@@ -176,8 +173,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, grouped=False, **se
 def need_diffusion(model):
     """The model's denoiser. HFDError if stage 2 was not trained."""
     if model.diffusion is None:
-        raise HFDError("this model has no denoiser.npz yet, so only decompress --rho 0 works; "
-                       "train one (python train.py diffusion --help)")
+        raise HFDError("this model has no denoiser.npz yet: train one, or decompress with --rho 0")
     return model.diffusion
 
 
@@ -201,10 +197,7 @@ def open_picture(path):
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return as_rgb(image, remarks := []), remarks
     except Image.DecompressionBombError:
-        raise HFDError(f"{path}: too large; the limit is {MAX_PIXELS // 10 ** 6} megapixels and "
-                       "65535 a side") from None
-    except FileNotFoundError:
-        raise HFDError(f"{path}: no such file") from None
+        raise HFDError(f"{path}: too large, over {MAX_PIXELS} pixels or 65535 a side") from None
     except Exception as error:      # a broken picture can make Pillow raise nearly anything
         raise HFDError(f"{path}: cannot be read as a picture ({error})") from None
 
@@ -213,38 +206,34 @@ def as_rgb(image, remarks):
     """A PIL image that was just opened, as 8-bit RGB. Adds to remarks; ValueError if it refuses."""
     if max(image.size) > 65535:
         raise Image.DecompressionBombError
-    if image.format == "EPS":               # Pillow would have a PostScript interpreter run it
-        raise ValueError("it is a program that draws; convert it to .png first")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; convert it to 8 bits first")
+    deep = image.mode[0] == "I" or any(";16" in str(tile.args) for tile in image.tile)
+    # An EPS is a program, which Pillow would have run; floats ("F") may have any range.
+    if image.format == "EPS" or image.mode == "F" or deep and "transparency" in image.info:
+        raise ValueError("convert it to an 8-bit .png first")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # a phone's: a preview
         remarks.append(f"only the first of {image.n_frames} frames is kept")
-    deep = image.mode[0] == "I" or any(";16" in str(tile.args) for tile in image.tile)
     profile = image.info.get("icc_profile")
     inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0    # white is zero
     image = ImageOps.exif_transpose(image)
-    if deep and "transparency" in image.info:
-        raise ValueError("it has a transparent colour in 16 bits; convert it to 8 bits first")
     if deep:                                # of colour, Pillow itself keeps 8 bits
         remarks.append("16 bits per sample are reduced to 8")
     if image.mode[0] == "I":                # of grey it would clip them, and forgets `inverted`
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its values do not fit into 16 bits; convert it first")
+            raise ValueError("its values do not fit into 16 bits")
         image = Image.fromarray(((65535 - values if inverted else values) // 257).astype(np.uint8))
     if image.has_transparency_data:
         remarks.append("transparency is dropped: the picture is laid on white")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if image.mode in ("1", "LA") else image.mode)
-    image = image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
+    image = image.convert({"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(image.mode, image.mode):
                 raise ImageCms.PyCMSError               # made for another kind of picture
-            target = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+            srgb = ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
             # Most profiles are sRGB's own under some name: not worth one more rounding.
             change = ImageChops.difference(image.convert("RGB"), converted).getextrema()
             if image.mode == "CMYK" or np.max(change) > 2:
@@ -271,21 +260,16 @@ def to_image(x, width, height):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of two PIL RGB images of one size, in dB, over all three channels;
-    inf if equal."""
+    """Peak signal-to-noise ratio of two PIL RGB images of one size, in dB; inf if equal."""
     mse = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
     return float(10 * np.log10(255 ** 2 / mse)) if mse else float("inf")
-
-
-def picture_format(path):
-    """The picture format that a file's ending names, as Pillow calls it, or None."""
-    return Image.registered_extensions().get(Path(path).suffix.lower())
 
 
 def save_picture(image, path):
     """Write a PIL image in the format that the ending of `path` names, completely or not at all."""
     try:
-        hfd.write_atomically(path, lambda f: image.save(f, picture_format(path)))
+        kind = Image.registered_extensions()[Path(path).suffix.lower()]
+        hfd.write_atomically(path, lambda f: image.save(f, kind))
     except (ValueError, KeyError, OSError, OverflowError) as error:
         raise HFDError(f"{path}: cannot be written ({error}); try .png") from None
 
@@ -294,51 +278,39 @@ def check_target(path, force, size=None):
     """Refuse, before any work is done, an output that exists or cannot be. size: (width, height) of
     the picture that it shall hold; None for an .hfd file. HFDError."""
     folder, name = os.path.split(os.path.abspath(path))
-    kind, most = picture_format(path), {"JPEG": 65500, "WEBP": 16383, "ICO": 0, "ICNS": 0}
     if os.path.lexists(path) and not (force and os.path.isfile(path)):
         raise HFDError(f"{path}: exists already; --force overwrites a file")
     named = path != "-" and not path.endswith(os.sep) and len(os.fsencode(name)) <= 255
     if not (named and os.access(folder, os.W_OK | os.X_OK)):
         raise HFDError(f"{path}: no file of that name can be written there")
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    most = {"JPEG": 65500, "WEBP": 16383, "ICO": 0, "ICNS": 0}.get(kind, 65535)
     if kind and not size:
         raise HFDError(f"{path}: its ending names a picture format; name an .hfd file")
-    if size and (kind not in Image.SAVE or max(size) > most.get(kind, 65535)):
-        raise HFDError(f"{path}: its ending names no picture format that can hold {size[0]}x"
-                       f"{size[1]} pixels; try .png")
+    if size and (kind not in Image.SAVE or max(size) > most):
+        raise HFDError(f"{path}: its ending names no format for so large a picture; try .png")
 
 
 # The command line ---------------------------------------------------------------------------------
 
 
-def progress(what, steps):
-    """A callback that shows how far `what` is and how long it will take, on a terminal's one
-    line."""
+def progress(steps):
+    """A callback that shows, on one line of a terminal, how far sampling is."""
     begin = time.time()
 
     def show(step):
-        """Overwrite the line with the state after this step."""
         left = (time.time() - begin) / step * (steps - step)
         end = "\n" if step == steps else ""
-        sys.stderr.write(f"\r{what} step {step:.0f}/{steps}, {left:.0f} s left {end}")
-        sys.stderr.flush()
+        print(f"\rsampling step {step:.0f}/{steps}, {left:.0f} s left ", end=end, file=sys.stderr,
+              flush=True)
     return show
 
 
-def read_file(path):
-    """The bytes of a file that is no larger than any .hfd file could be."""
-    with open(path, "rb") as f:
-        data = f.read(4 * MAX_PIXELS + 1)
-    if len(data) > 4 * MAX_PIXELS:
-        raise HFDError(f"{path}: too large for an .hfd file")
-    return data
-
-
 def told(report):
-    """A report's bits and seconds as text."""
-    bits = [f"{report[part]:.4f} {part}" for part in ("estimated", "payload", "file")
-            if part in report]
-    seconds = [f"{part} {s:.2f}" for part, s in report["seconds"].items()]
-    return "; ".join(["bpp: " + ", ".join(bits)] * bool(bits) + ["seconds: " + ", ".join(seconds)])
+    """A report's seconds, and its bits per pixel, if any, as text."""
+    seconds = "seconds: " + ", ".join(f"{part} {s:.2f}" for part, s in report["seconds"].items())
+    bits = ", ".join(f"{value:.4f} {part}" for part, value in report.items() if part != "seconds")
+    return f"bpp: {bits}; {seconds}" if bits else seconds
 
 
 def run_compress(args):
@@ -356,17 +328,16 @@ def run_compress(args):
 
 def run_decompress(args):
     """decompress: .hfd file to picture."""
-    if not (0 <= args.rho <= 1 and 0 < (args.eta or 1) < math.inf):
-        raise HFDError("--rho must lie in [0, 1], --eta be a number above 0")
-    if not all(1 <= n <= 65535 for n in (args.steps, args.patch, args.context + 1)):
-        raise HFDError("--steps and --patch must be at least 1, all below 65536")
-    data = read_file(args.input)
+    numbers = args.eta or 1, args.steps, args.patch, args.context + 1
+    if not (0 <= args.rho <= 1 and all(0 < n < 2 ** 16 for n in numbers)):
+        raise HFDError("--rho must lie in [0, 1], --eta, --steps and --patch be above 0")
+    data = Path(args.input).read_bytes()
     header = parse(data, args.input)                    # before a model is loaded for a broken file
     check_target(args.output, args.force, (header["width"], header["height"]))
     model = hfd.load_model(args.model, pick_device(args.device))
-    knobs = ("rho", "seed", "grouped", "steps", "sampler", "eta", "patch", "context")
-    image, report = decompress(data, model, args.input, on_step=progress("sampling", args.steps),
-                               **{name: getattr(args, name) for name in knobs})
+    knobs = "rho", "seed", "grouped", "steps", "sampler", "eta", "patch", "context"
+    settings = {name: getattr(args, name) for name in knobs} | {"on_step": progress(args.steps)}
+    image, report = decompress(data, model, args.input, **settings)
     save_picture(image, args.output)
     print(f"{args.output}: {image.width}x{image.height} pixels; {told(report)}")
 
@@ -381,18 +352,14 @@ def run_info(args):
             print(f"{millions:.2f} million parameters: {network.config}")
         print(json.dumps(model.recipes, indent=1))      # which shows what would steer a terminal
         return
-    data = read_file(args.path)
+    data = Path(args.path).read_bytes()
     header = parse(data, args.path)
     width, height, block = header["width"], header["height"], header["block"]
-    rows = {"size": f"{width}x{height} pixels", "quality": header["quality"],
-            "seed": header["seed"], "model": header["identity"].hex(),
-            "HFD+ map": f"blocks of {block}" if block else "none",
-            "bytes": f"{len(data)}: {HEADER_BYTES} header, {len(header['energy'])} map, "
-                     f"{len(header['payload'])} latent",
-            "bpp": f"{8 * len(data) / (width * height):.4f}"}
-    print(f"{args.path}: HFD file, version {VERSION}")
-    for name, value in rows.items():
-        print(f"  {name:10} {value}")
+    print(f"{args.path}: HFD file, version {VERSION}, made by model {header['identity'].hex()}")
+    print(f"{width}x{height} pixels, quality {header['quality']}, seed {header['seed']}, " +
+          (f"HFD+ map in blocks of {block}" if block else "no HFD+ map"))
+    print(f"{len(data)} bytes ({8 * len(data) / (width * height):.4f} bpp): {HEADER_BYTES} header, "
+          f"{len(header['energy'])} map, {len(header['payload'])} latent")
 
 
 def portrait():
@@ -407,7 +374,6 @@ def largest_within(size, image, kind="jpeg", **options):
     """(bytes, quality) of the best JPEG, or what Pillow calls `kind`, of at most `size` bytes, or
     of the smallest there is."""
     def encode(quality):
-        """The bytes of the file at that quality."""
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=quality, **options)
         return buffer.getvalue()
@@ -419,20 +385,14 @@ def largest_within(size, image, kind="jpeg", **options):
 def contact_sheet(pictures, detail, zoom):
     """Pictures side by side, each (caption, PIL image), and below each an enlarged detail (left,
     top, right, bottom)."""
-    font, margin, line = ImageFont.load_default(20), 8, 30
-    width, height = pictures[0][1].size
-    crop = (detail[2] - detail[0]) * zoom, (detail[3] - detail[1]) * zoom
-    size = len(pictures) * (width + margin) - margin, line + height + margin + crop[1]
-    sheet = Image.new("RGB", size, "white")
-    for i, (caption, image) in enumerate(pictures):
-        left = i * (width + margin)
-        ImageDraw.Draw(sheet).text((left + 4, 3), caption, "black", font)
-        sheet.paste(image, (left, line))
-        sheet.paste(image.crop(detail).resize(crop, Image.NEAREST), (left, line + height + margin))
-    return sheet
-
-
-DETAIL = (325, 440, 453, 552)           # of the portrait: cloth and ribbons
+    (left, top, right, bottom), columns = detail, []
+    size = (right - left) * zoom, (bottom - top) * zoom
+    for caption, image in pictures:
+        column = ImageOps.expand(image, (0, 30, 8, 8 + size[1]), "white")
+        ImageDraw.Draw(column).text((4, 3), caption, "black", ImageFont.load_default(20))
+        column.paste(image.crop(detail).resize(size, Image.NEAREST), (0, 38 + image.height))
+        columns.append(np.asarray(column))
+    return Image.fromarray(np.hstack(columns)[:, :-8])
 
 
 def run_demo(args):
@@ -441,26 +401,23 @@ def run_demo(args):
     need_diffusion(model)
     data, report = compress(image, model, args.quality)
     blurry, _ = decompress(data, model, rho=0)
-    picture, decoding = decompress(data, model, on_step=progress("sampling", hfd.STEPS))
+    picture, decoding = decompress(data, model, on_step=progress(hfd.STEPS))
     jpeg, quality = largest_within(len(data), image, optimize=True)
-    rows = [("JPEG", len(jpeg), Image.open(io.BytesIO(jpeg)).convert("RGB")),
-            ("autoencoder", len(data), blurry), ("HFD", len(data), picture)]
+    jpeg_picture, shown = Image.open(io.BytesIO(jpeg)).convert("RGB"), [("original", image)]
     print(f"{'':12} {'bytes':>6} {'bpp':>6} {'PSNR':>6}")
-    for name, size, decoded in rows:
-        bpp = 8 * size / (image.width * image.height)
-        print(f"{name:12} {size:6} {bpp:6.3f} {psnr(image, decoded):6.2f}")
+    for name, file, decoded in (("JPEG", jpeg, jpeg_picture), ("autoencoder", data, blurry),
+                                ("HFD", data, picture)):
+        bpp = 8 * len(file) / (image.width * image.height)
+        print(f"{name:12} {len(file):6} {bpp:6.3f} {psnr(image, decoded):6.2f}")
+        shown.append((f"{name}, {len(file)} bytes", decoded))
     if len(jpeg) > len(data):
         print(f"(JPEG cannot go lower: this is its quality {quality})")
-    report["seconds"] |= decoding["seconds"]
-    print(told(report))
+    print(told(report | {"seconds": report["seconds"] | decoding["seconds"]}))
     os.makedirs(args.out, exist_ok=True)
-    file, png, sheet = (os.path.join(args.out, name) for name in (
-        "portrait.hfd", "portrait.png", "comparison.png"))
-    hfd.write_atomically(file, lambda f: f.write(data))
-    save_picture(picture, png)
-    shown = [(f"{name}, {size} bytes", decoded) for name, size, decoded in rows]
-    save_picture(contact_sheet([("original", image)] + shown, DETAIL, 4), sheet)
-    print(f"wrote {file}, {png}, {sheet}")
+    hfd.write_atomically(os.path.join(args.out, "portrait.hfd"), lambda f: f.write(data))
+    save_picture(picture, os.path.join(args.out, "portrait.png"))
+    save_picture(contact_sheet(shown, DETAIL, 4), os.path.join(args.out, "comparison.png"))
+    print(f"wrote portrait.hfd, portrait.png and comparison.png in {args.out}")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -476,64 +433,51 @@ def command_line():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, text, **positional):
-        """A new command's parser."""
-        p = commands.add_parser(name, help=text, formatter_class=Help)
-        for argument, help_text in positional.items():
-            p.add_argument(argument, help=help_text)
-        return p
-
-    demo = command("demo", "compress and decode a portrait, and compare")
-    demo.add_argument("--out", metavar="DIR", default="demo", help="folder for what it writes")
-    c = command("compress", "picture to .hfd file", input="any picture that Pillow opens, "
-                "of 8 or 16 bits and no PostScript", output=".hfd file to write")
-    for p in (demo, c):
-        p.add_argument("--quality", type=int, default=2, metavar="Q",
-                       help="1 (smallest file) to 6 (best picture)")
-    c.add_argument("--plus", action="store_true",
-                   help="HFD+: add a map of the missing detail's energy, under 0.001 bpp")
+    demo, c, d, info = (commands.add_parser(name, help=text, formatter_class=Help) for name, text
+                        in (("demo", "compress and decode a portrait, and compare"),
+                            ("compress", "picture to .hfd file"),
+                            ("decompress", ".hfd file to picture"),
+                            ("info", "what a file or a model says of itself")))
+    info.add_argument("path", nargs="?", default=MODEL, help=".hfd file, or a model's folder")
+    demo.add_argument("--out", default="demo", help="folder for what it writes")
+    c.add_argument("input", help="any picture that Pillow opens, of 8 or 16 bits and no PostScript")
+    c.add_argument("output", help=".hfd file to write")
+    c.add_argument("--plus", action="store_true", help="HFD+: add a map of where detail is missing")
     c.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise")
-    d = command("decompress", ".hfd file to picture", input=".hfd file",
-                output="picture to write; the ending says the format, .png keeps it exact")
-    d.add_argument("--steps", type=int, default=hfd.STEPS,
-                   help="denoising steps: network evaluations per patch")
-    d.add_argument("--sampler", choices=hfd.SAMPLERS,
-                   help="ddpm: ancestral; ddim: deterministic, of first order (a flow's default: "
-                   "Euler's method); dpm: of second order, else the default")
-    d.add_argument("--rho", type=float, default=1.0,
-                   help="realism: 0 is the autoencoder's picture, 1 the full sample")
-    d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
-    d.add_argument("--eta", type=float, help="shift of the noise schedule: less is less noise; "
-                   "left out, it follows the size of what is missing")
-    d.add_argument("--patch", type=int, default=hfd.PATCH, help="pixels a side, worked on at once")
-    d.add_argument("--context", type=int, default=hfd.CONTEXT,
-                   help="pixels that each patch sees around it; 128 is exact")
-    d.add_argument("--grouped", action="store_true",
-                   help="patches in four groups that take turns, as in the paper")
+    d.add_argument("input", help=".hfd file")
+    d.add_argument("output", help="picture to write; its ending names the format, .png is exact")
+    d.add_argument("--sampler", choices=hfd.SAMPLERS, help="ddpm: ancestral; ddim: deterministic, "
+                   "the default of a flow (Euler's method); dpm: of second order, else the default")
+    d.add_argument("--grouped", action="store_true", help="patches take turns, as in the paper")
+    for flag, kind, default, text in (
+            ("steps", int, hfd.STEPS, "denoising steps: network evaluations per patch"),
+            ("rho", float, 1.0, "realism: 0 is the autoencoder's picture, 1 the full sample"),
+            ("seed", seed_number, None, "another draw than the one the file asks for"),
+            ("eta", float, None, "shift of the noise schedule; left out: by what is missing"),
+            ("patch", int, hfd.PATCH, "pixels a side, worked on at once"),
+            ("context", int, hfd.CONTEXT, "pixels that each patch sees around it; 128 is exact")):
+        d.add_argument("--" + flag, type=kind, default=default, help=text)
+    for p in (demo, c):
+        p.add_argument("--quality", type=int, default=2, help="1 (smallest) to 6 (best picture)")
     for p in (c, d):
         p.add_argument("--force", action="store_true", help="overwrite the output if it exists")
     for p in (demo, c, d):
-        p.add_argument("--model", default=MODEL, metavar="DIR", help="folder of the model")
+        p.add_argument("--model", default=MODEL, help="folder of the model")
         p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-    info = command("info", "what an .hfd file or a model says of itself")
-    info.add_argument("path", nargs="?", default=MODEL, help=".hfd file, or a model's folder")
     return parser
 
 
 def seed_number(text):
     """A seed as the file stores it, 32 bits; argparse's error for anything else."""
-    value = int(text)
-    if not 0 <= value < 2 ** 32:
+    if not 0 <= int(text) < 2 ** 32:
         raise argparse.ArgumentTypeError("a seed is a whole number from 0 to 4294967295")
-    return value
+    return int(text)
 
 
 def pick_device(name="auto"):
-    """The device that `name` says, or for "auto" the fastest there is: CUDA, then MPS, then CPU."""
+    """The device that `name` says, or for "auto" the accelerator, if there is one, or the CPU."""
     if name == "auto":
-        found = torch.cuda.is_available(), torch.backends.mps.is_available(), True
-        name = ("cuda", "mps", "cpu")[found.index(True)]
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.empty(0, device=name).cpu()       # which "meta", where nothing has values, cannot do
     except (RuntimeError, AssertionError):
@@ -552,20 +496,18 @@ def run(main):
     except BrokenPipeError:                                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (HFDError, OSError) as error:
-        text = str(error)
-        if getattr(error, "filename", None):
-            text = f"{error.filename}: {error.strerror}"
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)   # steers no terminal
-        sys.exit(f"error: {text}")
-    except (MemoryError, RuntimeError) as error:
-        full = ("out of memory", "allocate memory", "ALLOC_FAILED")
-        if isinstance(error, RuntimeError) and not any(said in str(error) for said in full):
-            raise
-        sys.exit("error: the memory is full. Ask for less at once (--patch, --batch, --crop, "
-                 "--megapixels); if it is a GPU's, take --device cpu")
     except KeyboardInterrupt:
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        sys.exit("error: the memory is full; ask for less at once (--patch, --batch, --crop, "
+                 "--megapixels), or if it is a GPU's, take --device cpu")
+    except (HFDError, OSError) as error:
+        path = getattr(error, "filename", None)
+        text = f"{path}: {error.strerror}" if path else str(error)
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)   # steers no terminal
+        sys.exit(f"error: {text}")
 
 
 def main(argv=None):

@@ -3,26 +3,23 @@
     python train.py autoencoder --images PHOTOS --out runs/mine
     python train.py diffusion --images PHOTOS --out runs/mine
 
-Each stage writes its part of the model in runs/mine at every save, ready to use (sample.py --model
-runs/mine), and beside it, in NAME.training.npz, what --resume needs. Without --images both train on
-*dead leaves* that this file draws itself, so nothing needs to be downloaded. Any run can be stopped
-(Ctrl-C, or worse) and continued with --resume, and ends where it would have ended uninterrupted (on
-a CPU, bit for bit). With several GPUs: torchrun --nproc_per_node N train.py ...
+Each save leaves that stage of a model in runs/mine, ready to use (sample.py --model runs/mine), and
+beside it, in *.training.npz, what --resume needs: a run may be stopped (by Ctrl-C, or worse), and
+ends where it would have ended uninterrupted, on a CPU bit for bit. Without --images both learn from
+*dead leaves*, which this file draws. With several GPUs: torchrun --nproc_per_node N train.py ...
 """
 import argparse
-import contextlib
 import copy
 import fcntl
+import functools
 import math
 import os
-import platform
 import resource
 import shlex
 import signal
 import sys
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -40,18 +37,13 @@ from hfd import HFDError
 
 
 def dead_leaves(size, rng):
-    """A dead leaves picture, uint8 (size, size, 3): discs that fall on one another until nothing
-    shows through. rng: a NumPy Generator.
-
-    The simplest model of why photographs look as they do (Lee, Mumford & Huang 2001): the world is
-    made of objects that hide each other, in all sizes: the radius r has the density r^-3. Drawn at
-    twice the size, then halved, for smooth edges."""
-    big = 2 * size
-    canvas = Image.new("RGB", (big, big))
+    """A dead leaves picture, uint8 (size, size, 3), by a NumPy Generator: discs that fall on one
+    another until nothing shows through. The simplest model of why photographs look as they do (Lee,
+    Mumford & Huang 2001): objects of all sizes hide each other; the radius r has density r^-3."""
+    big = 2 * size                                          # halved in the end, for smooth edges
+    canvas, smallest, largest = Image.new("RGB", (big, big)), 6.0, big / 2
     draw = ImageDraw.Draw(canvas)
-    smallest, largest = 6.0, big / 2
-    # A disc's mean area is 2 pi smallest^2 log(largest / smallest). Ten times the canvas in all
-    # leaves e^-10 of it bare.
+    # A disc's mean area. Ten times the canvas in all leaves e^-10 of it bare.
     area = 2 * math.pi * smallest ** 2 * math.log(largest / smallest)
     for u, x, y, grey, *others in rng.random((int(10 * (1.2 * big) ** 2 / area), 6)):
         # Inverse transform sampling: if u is uniform, this radius has density ~ r^-3.
@@ -63,12 +55,11 @@ def dead_leaves(size, rng):
     return np.asarray(canvas.resize((size, size), Image.BOX))
 
 
-# What people compress comes from cameras as it is: soft, with half the colour resolution, well or
-# badly exposed. Photographs that were reduced to train on are crisp to the last pixel, in colour
-# too, and a denoiser that has seen only these puts coloured specks into others. So a share of the
-# crops is varied: resized by a factor of ZOOM, and as often, but each by itself, ...
-ZOOM = (0.7, 1.5)
-GAMMA = 0.3             # ... exposed anew, by an exponent within exp(+-GAMMA)
+# Photographs that were reduced to train on are crisp to the last pixel, in colour too. A denoiser
+# that has seen only these puts coloured specks into what cameras give. So a share of the crops is
+# resized by a factor within ZOOM, and as many, independently, are softened in colour, as cameras
+# do it, and exposed anew, by an exponent within exp(+-GAMMA).
+ZOOM, GAMMA = (0.7, 1.5), 0.3
 
 
 def varied(crop, size, soft_colour, gamma):
@@ -98,15 +89,13 @@ def picture_files(folder):
 
 
 class Photos:
-    """Every picture of a folder, decoded once and kept as uint8 on the device that trains: decoding
-    on the fly is what usually starves a GPU, and a few hundred photographs fit into memory.
-
-    Bad files are named and skipped; pictures with a side below `smallest` are continued by
-    mirroring; reading stops, and says so, at `megapixels`. HFDError if nothing is left."""
+    """Every picture of a folder, or 64 dead leaves without one, as uint8 on the device that trains:
+    decoding on the fly is what usually starves a GPU. Bad files are named and skipped, pictures
+    with a side below `smallest` continued by mirroring, no more read than some `megapixels`.
+    variety: the share of crops to vary. HFDError if there is no picture."""
 
     def __init__(self, folder, smallest, device, megapixels, variety, seed):
-        self.variety = variety
-        self.images, total, rng = [], 0, np.random.default_rng(seed)
+        self.variety, self.images, total, rng = variety, [], 0, np.random.default_rng(seed)
         names = picture_files(folder) if folder else [None] * 64
         rng.shuffle(names)
         for name in names:
@@ -120,12 +109,10 @@ class Photos:
             self.images.append(torch.from_numpy(array).permute(2, 0, 1).contiguous().to(device))
             total += array.shape[0] * array.shape[1] / 1e6
             if total > megapixels:
-                print(f"warning: read only {total:.0f} megapixels; see --megapixels",
-                      file=sys.stderr)
+                print(f"warning: read only {total:.0f} --megapixels", file=sys.stderr)
                 break
         if not self.images:
-            raise HFDError(f"{folder}: no pictures found there; name another folder with --images, "
-                           "or none to train on dead leaves")
+            raise HFDError(f"{folder}: no pictures found there; other --images, or none, may do")
         kind = "pictures" if folder else "dead leaves"
         self.description = f"{len(self.images)} {kind}, {total:.0f} megapixels"
 
@@ -147,13 +134,15 @@ class Photos:
 
 # Optimizers ---------------------------------------------------------------------------------------
 
+# Its parameter groups each have a "peak", which `fit` makes their learning rate of.
+adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), for the convolutions inside the blocks.
-
-    A gradient of a matrix is dominated by a few directions, and so is a step along it; the others,
-    which may matter as much, hardly move. So take the nearest matrix with orthonormal rows instead,
-    U V^T if the momentum is U S V^T: every direction moves equally far."""
+    """Momentum, orthogonalised (Jordan et al. 2024), for the convolutions inside the blocks. A few
+    directions dominate the gradient of a matrix; the others, which may matter as much, hardly move.
+    So take the nearest matrix with orthonormal rows instead, U V^T if the momentum is U S V^T:
+    every direction moves equally far."""
 
     def __init__(self, groups):
         super().__init__(groups, {"lr": 0.0})
@@ -162,30 +151,26 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Update each parameter (outputs, inputs, 3, 3) by its gradient."""
         for group in self.param_groups:
-            by_shape = {}
+            by_shape = {}                                   # those of one shape are done at once
             for p in group["params"]:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(0.95).add_(p.grad)
                 ahead = p.grad + 0.95 * momentum                                    # Nesterov's
-                by_shape.setdefault(p.shape, []).append((p, ahead))
-            for shape, pairs in by_shape.items():           # those of one shape at once
-                steps = torch.stack([ahead.reshape(shape[0], -1) for _, ahead in pairs])
-                for (p, _), step in zip(pairs, orthonormal(steps)):
-                    p.sub_(step.view(shape), alpha=group["lr"])
+                by_shape.setdefault(p.shape, []).append((p, ahead.flatten(1)))
+            for pairs in by_shape.values():
+                steps = orthonormal(torch.stack([ahead for _, ahead in pairs]))
+                for (p, _), step in zip(pairs, steps):
+                    p.sub_(step.view(p.shape), alpha=group["lr"])
 
 
 def orthonormal(matrices):
     """The nearest matrices with orthonormal rows, nearly: (G G^T)^(-1/2) G of each G in (n, rows,
-    columns), rows <= columns.
-
-    Five Newton-Schulz steps. Each applies to the singular values a polynomial that pulls them
-    towards 1: x -> 3.4445 x - 4.7750 x^3 + 2.0315 x^5. As it is odd, all of it can be done on the
-    small G G^T, which costs a third of the usual way."""
+    columns), rows <= columns. Five Newton-Schulz steps: each applies to the singular values a
+    polynomial that pulls them towards 1, x -> 3.4445 x - 4.7750 x^3 + 2.0315 x^5. As it is odd, all
+    of it can be done on the small G G^T, which costs a third of the usual way."""
     G = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)             # (n, rows, columns)
     gram = G @ G.mT                                                                # (n, rows, rows)
-    one = torch.eye(gram.shape[1], device=G.device)
-    root = one                                                                      # gram^(-1/2)
+    root = one = torch.eye(gram.shape[1], device=G.device)                          # gram^(-1/2)
     for _ in range(5):
         p = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
         root, gram = p @ root, p @ gram @ p
@@ -194,14 +179,15 @@ def orthonormal(matrices):
 
 # The loop that both stages share ------------------------------------------------------------------
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP      # Ctrl-C, a batch queue, a closed laptop
+
 
 def fit(run, batch_loss):
     """Minimise batch_loss(step, crop size, batch size) -> {"loss": ..., other named scalars}.
 
-    Every random number of step n comes from the seed and n alone. So a saved run need not hold any
-    random state, and a resumed one sees the very crops and noise that it would have seen."""
-    args, model, device = run.args, run.model, run.device
-    bf16 = hfd.fast_bf16(device)
+    Every random number of step n comes from the seed and n alone. So a saved run holds no random
+    state, and a resumed one sees the very crops and noise that it would have seen."""
+    args, bf16 = run.args, hfd.fast_bf16(run.device)
     while run.goes_on():
         step = run.step
         run.seed(step)
@@ -211,11 +197,11 @@ def fit(run, batch_loss):
         size, batch = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         rate = min(1, (step + 1) / args.warmup) * cosine
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
             terms = batch_loss(step, size, batch)
         terms["loss"].backward()
         run.share_gradients()
-        terms["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        terms["gradient"] = torch.nn.utils.clip_grad_norm_(run.learned, 1.0)
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
@@ -225,35 +211,36 @@ def fit(run, batch_loss):
     run.end()
 
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP      # Ctrl-C, a batch queue, a closed laptop
-
-
 class Run:
-    """What surrounds the loop: seeds, saving and resuming, progress, signals, several GPUs.
+    """What surrounds the loop: seeds, several GPUs, progress, signals, saving and resuming.
 
-    `step` counts the steps done; `status`: 0, or what to exit with. part: what the files are
-    called, "autoencoder" or "denoiser". photos: what the recipe tells of. more: what else to write
-    into what ships."""
+    `step` counts steps done, `learned` are the parameters that are trained, `status` is 0 or what
+    to exit with. more: what else to write into what ships."""
 
-    def __init__(self, args, part, device, model, optimizers, photos, **more):
+    def __init__(self, args, device, model, optimizers, photos, **more):
         self.args, self.device, self.model, self.optimizers = args, device, model, optimizers
-        self.photos, self.more, self.world = photos, more, int(os.environ.get("WORLD_SIZE", 1))
+        self.photos, self.more, self.status, self.seen = photos, more, 0, []
         self.rank = int(os.environ.get("RANK", 0))
-        self.part = Path(args.out, part + ".npz")
-        self.state = self.part.with_suffix(".training.npz")
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.learned = [p for p in model.parameters() if p.requires_grad]
+        if device.type == "cuda":       # fuse what lies between convolutions, for both crop sizes;
+            torch._dynamo.config.suppress_errors = True     # what cannot be fused runs as it is
+            for network in model.children():
+                network.compile(dynamic=False)
         # The average of the weights over the last tenth of all steps is a better model than those
         # of any one step (a memory that grows with training: Karras et al. 2024, section 3.1).
         self.average = copy.deepcopy(model)
-        self.step, self.pixels, self.minutes, self.status = 0, 0, 0.0, 0
+        self.step, self.gigapixels = args.recipe["steps"], args.recipe["gigapixels"]
+        self.begin = time.time() - 60 * args.recipe["minutes"]
         if args.resume:
             self.load()
+        self.mark = time.time()                             # when the next line of progress begins
         self.say(photos.description)
-        self.seen, self.begin, self.mark = [], time.time(), time.time()
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self.stop)
 
-    def stop(self, number, frame=None):
+    def stop(self, number, frame):
         """A signal ends the loop after the step that it is in."""
         self.status = self.status or 128 + number
 
@@ -271,114 +258,101 @@ class Run:
 
     def share_gradients(self):
         """Average them over all GPUs."""
-        for p in self.model.parameters() if self.world > 1 else ():
+        for p in self.learned if self.world > 1 else ():
             dist.all_reduce(p.grad.div_(self.world))
 
+    @torch.no_grad()
     def step_done(self, pixels, terms):
         """Count a step and average the weights; now and then tell of it and save."""
-        self.step, self.pixels = self.step + 1, self.pixels + pixels * self.world
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()),
-                                 10 / (self.step + 10))
-        # Numbers stay on the device until a line wants them: a GPU that is asked after every step
-        # waits after every step.
+        self.step, self.gigapixels = self.step + 1, self.gigapixels + pixels * self.world / 1e9
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()),
+                             10 / (self.step + 10))
+        # To ask a GPU for a number is to wait for it: so they stay there until a line wants them.
         self.seen.append({name: value.detach() for name, value in terms.items()})
-        first, last = self.step == 1, self.step == self.args.steps
-        if first or last or self.step % self.args.log_every == 0:
+        due = self.step == 1 or self.step % self.args.save_every == 0
+        if due and self.step < self.args.steps:             # from step 1 on there is what to resume
+            self.save()
+        elif self.step % self.args.log_every == 0:
             self.tell()
-        if not last and (first or self.step % self.args.save_every == 0):
-            self.save()                                 # from step 1 on there is what to --resume
 
     def tell(self):
         """A line of progress, with means since the last one. HFDError if one is not a number."""
         means = {name: torch.stack([terms[name] for terms in self.seen]).mean().item()
                  for name in self.seen[0]}
         if not all(map(math.isfinite, means.values())):
-            raise HFDError(f"the loss is {means['loss']}, the gradient {means['gradient']} after "
-                           f"{self.step} steps: stopped, without saving. What was saved before may "
-                           f"be spoiled, too; start anew with a lower --lr than {self.args.lr}")
+            raise HFDError(f"step {self.step}: the loss is {means['loss']}, the gradient "
+                           f"{means['gradient']}; the last save may be spoiled, too: start anew, "
+                           f"with a lower --lr than {self.args.lr}")
         if "mse" in means:
             means["PSNR"] = 10 * math.log10(255 ** 2 / means.pop("mse"))
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        seconds = (time.time() - self.mark) / len(self.seen)                        # per step
-        left = timedelta(seconds=round((self.args.steps - self.step) * seconds))
-        self.say(f"step {self.step:6d}/{self.args.steps}  {numbers}  {1 / seconds:.2f} steps/s  "
-                 f"{self.pixels / 1e9:.4f} gigapixels  {left} left")
+        pace = len(self.seen) / (time.time() - self.mark)                           # steps a second
+        hours = (self.args.steps - self.step) / pace / 3600
+        self.say(f"step {self.step:6d}/{self.args.steps}  {numbers}  {pace:.2f} steps/s  "
+                 f"{self.gigapixels:.4f} gigapixels  {hours:.2f} hours left")
         self.seen, self.mark = [], time.time()
 
-    def say(self, words):
+    def say(self, words, stream=None):
         """Print a line. Where that is no longer possible (a closed pipe, a full disk), stop."""
         try:
             if self.rank == 0:
-                print(words, flush=True)
+                print(words, file=stream, flush=True)
         except OSError:
             sys.stdout = open(os.devnull, "w")
             self.status = self.status or 1
+
+    def tensors(self):
+        """{name: tensor} of all that a step changes: weights, average, the optimizers' memory."""
+        found = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        found |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
+        names = {p: name for name, p in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for p, state in optimizer.state.items():
+                found |= {f"optimizer.{key}.{names[p]}": t for key, t in state.items()}
+        return found
 
     def save(self):
         """Write what --resume needs, and then what ships."""
         if self.seen:
             self.tell()                                     # which finds what is not a number
-        if self.rank > 0:
-            return
-        minutes = self.minutes + (time.time() - self.begin) / 60
-        settings = {name: value for name, value in vars(self.args).items()
-                    if name not in ("stage", "out", "resume", "commands")}
-        recipe = {"commands": self.args.commands, "settings": settings, "steps": self.step,
-                  "data": self.photos.description, "gigapixels": self.pixels / 1e9,
-                  "minutes": minutes, "hardware": hardware(self.device),
-                  "torch": str(torch.__version__)}
-        arrays = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        arrays |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
-        names = {p: name for name, p in self.model.named_parameters()}
-        for optimizer in self.optimizers:
-            for p, state in optimizer.state.items():
-                arrays |= {f"optimizer.{key}.{names[p]}": t for key, t in state.items()}
-        hfd.write_archive(self.state, {"recipe": recipe}, arrays)
-        hfd.save_part(self.part, self.average, recipe, **self.more)
+        if self.rank == 0:
+            recipe = self.args.recipe | {
+                "data": self.photos.description, "hardware": hardware(self.device),
+                "torch": str(torch.__version__), "steps": self.step,
+                "gigapixels": round(self.gigapixels, 9), "minutes": (time.time() - self.begin) / 60}
+            hfd.write_archive(self.args.state, {"recipe": recipe}, self.tensors())
+            hfd.save_part(self.args.part, self.average, recipe, **self.more)
 
     def load(self):
-        """Take over what an earlier run saved. HFDError if that is damaged."""
-        path, prefixes = self.state, ("model.", "average.")
-        if not path.exists():
-            path, prefixes = self.part, ("weights.", "weights.")
-            self.say(f"note: {self.state} is gone; going on from the averaged weights that ship")
-        about, arrays = hfd.read_archive(path)
-        try:
-            tensors = {name: torch.from_numpy(a).float().to(self.device)
-                       for name, a in arrays.items() if a.dtype.kind == "f"}
-            for prefix, module in zip(prefixes, (self.model, self.average)):
-                module.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items()
-                                        if name.startswith(prefix)})
-            named = dict(self.model.named_parameters())
-            owner = {p: optimizer for optimizer in self.optimizers
-                     for group in optimizer.param_groups for p in group["params"]}
-            for name, t in tensors.items():
-                if name.startswith("optimizer."):
-                    _, key, name = name.split(".", 2)
-                    p = named[name]         # and in p's own order in memory, channels last
-                    owner[p].state[p][key] = torch.empty_like(p).copy_(t) if t.ndim else t
-            if any(len({frozenset(optimizer.state[p]) for p in owner if owner[p] is optimizer}) > 1
-                   for optimizer in self.optimizers):
-                raise ValueError("a part of the optimizer's state is missing")
-            recipe = about["recipe"]
-            self.step, self.minutes = int(recipe["steps"]), float(recipe["minutes"])
-            self.pixels = round(1e9 * recipe["gigapixels"])
-            if self.step < 0:
-                raise ValueError("a negative number of steps")
-        except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            text = " ".join(str(error).split())[:120]
-            raise HFDError(f"{path}: cannot be resumed ({text})") from None
+        """Take over what an earlier run saved. HFDError if it does not fit."""
+        if not self.args.state.exists():                    # what ships is nearly as good a start
+            self.say(f"note: {self.args.state} is gone; going on from the averaged weights alone")
+            _, arrays = hfd.read_archive(self.args.part)
+            weights = {name.removeprefix("weights."): torch.from_numpy(a)
+                       for name, a in arrays.items() if name.startswith("weights.")}
+            for module in (self.model, self.average):
+                module.load_state_dict(weights)
+            return
+        _, arrays = hfd.read_archive(self.args.state)
+        if self.step:                                       # the optimizers have a memory, too:
+            for p in self.learned:                          # a step of length 0 makes room for it
+                p.grad = torch.zeros_like(p)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        tensors = self.tensors()
+        if {k: t.shape for k, t in tensors.items()} != {k: a.shape for k, a in arrays.items()}:
+            raise HFDError(f"{self.args.state}: cannot be resumed, for it is of other networks")
+        for name, t in tensors.items():
+            t.copy_(torch.from_numpy(arrays[name]))
 
     def end(self):
         """Save, say how it ended, and exit with a status that says so, too."""
         self.save()
-        words = f"at step {self.step}; saved {self.part}. {peak_memory(self.device)}"
+        words = f"at step {self.step}; saved {self.args.part}. {peak_memory(self.device)}"
         if self.step >= self.args.steps:
             return self.say("finished " + words)
-        if self.rank == 0:
-            with contextlib.suppress(OSError):
-                print(f"stopped {words}; --resume goes on", file=sys.stderr, flush=True)
+        self.say(f"stopped {words}; --resume goes on", sys.stderr)
         sys.exit(self.status)
 
 
@@ -386,9 +360,9 @@ def hardware(device):
     """What this runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.processor())
-    bf16 = ", bfloat16" if hfd.fast_bf16(device) else ""
-    return f"{device.type.upper()}, {name}, {torch.get_num_threads()} threads{bf16}"
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "?")
+    words = f"{device.type.upper()}, {name}, {torch.get_num_threads()} threads"
+    return words + (", bfloat16" if hfd.fast_bf16(device) else "")
 
 
 def peak_memory(device):
@@ -400,40 +374,23 @@ def peak_memory(device):
     return words
 
 
-def compiled(networks, device):
-    """On a GPU, let torch.compile fuse what lies between the convolutions; shapes are static, two
-    crop sizes. What cannot be compiled runs as it is, and torch says so."""
-    if device.type == "cuda":
-        torch._dynamo.config.suppress_errors = True
-        for network in networks:
-            network.compile(dynamic=False)
-
-
-def adam(groups):
-    """AdamW for these parameter groups, each with its own "peak" learning rate."""
-    fused = groups[0]["params"][0].device.type != "mps"
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-
-
 # Stage 1: rate + lambda * MSE ---------------------------------------------------------------------
 
 
 def train_autoencoder(args, device, known):
-    """Transforms, steps and prior, all levels at once (Balle et al. 2017). known:
-    None or the hfd.Model to start from; if that has another prior, only the prior is learned."""
-    photos = Photos(args.images, 2 * args.crop, device, args.megapixels,
-                    args.variety, args.seed)
+    """Transforms, steps and prior, all levels at once (Balle et al. 2017). known: None or the
+    hfd.Model to start from; if that has another prior, only the prior is learned."""
+    photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.variety, args.seed)
     config = known.autoencoder.config if known else hfd.AutoencoderConfig()
-    config = replace(config, prior=args.prior)
-    model = hfd.Autoencoder(config).to(device, memory_format=torch.channels_last)
-    levels = len(config.lambdas)
+    model = hfd.Autoencoder(replace(config, prior=args.prior))
+    model.to(device, memory_format=torch.channels_last)
     if known:
         model.load_state_dict(known.autoencoder.state_dict(), strict=False)         # what fits
-        if known.autoencoder.config.prior != args.prior:
+        if config.prior != args.prior:
             model.requires_grad_(False).prior.requires_grad_(True)
     else:
+        x, q = photos.crops(32, args.crop), torch.zeros(32, dtype=torch.long, device=device)
         with torch.no_grad():
-            x, q = photos.crops(32, args.crop), torch.zeros(32, dtype=torch.long, device=device)
             model.prior.fit_scale(model.analysis(x, q))
     # The linear path starts at a good place, with entries of about 0.02: it is refined, ten times
     # more slowly than the rest. The prior's parameters are octaves, and weights that end up a
@@ -443,16 +400,13 @@ def train_autoencoder(args, device, known):
         if p.requires_grad:
             groups[0.1 if "linear" in name else 10 if name.startswith("prior") else 1].append(p)
     groups = [{"params": ps, "peak": args.lr * scale} for scale, ps in groups.items() if ps]
-    optimizers = [adam(groups)]
-    compiled([model.analysis, model.synthesis], device)
 
     def batch_loss(step, size, batch):
-        """The mean objective over random crops, each at a random level."""
         x = photos.crops(batch, size)                                           # (B, 3, size, size)
-        q = torch.randint(levels, (batch,)).to(device)                              # (B,)
+        q = torch.randint(len(config.lambdas), (batch,)).to(device)                 # (B,) levels
         return {name: value.mean() for name, value in model(x, q).items()}
 
-    fit(Run(args, "autoencoder", device, model, optimizers, photos), batch_loss)
+    fit(Run(args, device, model, [adam(groups)], photos), batch_loss)
 
 
 # Stage 2: the diffusion model, given reconstructions ----------------------------------------------
@@ -463,21 +417,17 @@ POOL = 16       # steps that a pool of pairs serves, of a quarter as many as the
 
 def train_diffusion(args, device, known):
     """The denoiser, on pairs of crops and their reconstructions by the autoencoder in args.out.
-    known: None or the hfd.Model whose denoiser to start from. HFDError if it has no such one."""
-    if not Path(args.out, "autoencoder.npz").exists():
-        raise HFDError(f"{args.out}: has no autoencoder.npz; train stage 1 there, or copy one")
-    base = hfd.load_model(args.out, device)
+    known: None or the hfd.Model whose denoiser to start from. HFDError if it has none that fits."""
+    base, old = hfd.load_model(args.out, device), known and known.diffusion
     autoencoder, levels = base.autoencoder, len(base.autoencoder.lambdas)
-    photos = Photos(args.images, 2 * (args.crop + MARGIN), device, args.megapixels,
-                    args.variety, args.seed)
-    if known and not known.diffusion:
-        raise HFDError(f"{args.init}: has no denoiser to start from")
-    config = known.diffusion.config if known else hfd.DiffusionConfig(levels=levels)
-    asked = {name: getattr(args, name) for name in ("kind", "eta", "objective")}
-    config = replace(config, **{name: value for name, value in asked.items() if value is not None})
-    if known and (known.diffusion.config.kind, config.levels) != (config.kind, levels):
-        raise HFDError(f"{args.init}: its denoiser is of another kind, or for other quality levels")
+    asked = {flag: getattr(args, flag) for flag in ("kind", "eta", "objective")}
+    config = replace(old.config if old else hfd.DiffusionConfig(levels=levels),
+                     **{flag: value for flag, value in asked.items() if value is not None})
+    if known and (not old or (old.config.kind, config.levels) != (config.kind, levels)):
+        raise HFDError(f"{args.init}: has no denoiser of that kind, for as many quality levels")
     model = hfd.DENOISERS[config.kind](config).to(device, memory_format=torch.channels_last)
+    least = 2 * (args.crop + MARGIN)
+    photos = Photos(args.images, least, device, args.megapixels, args.variety, args.seed)
 
     @torch.no_grad()
     def pairs(x, q):
@@ -487,143 +437,130 @@ def train_diffusion(args, device, known):
         x_hat = autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)
         return [t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat)]
 
-    if known:
-        model.load_state_dict(known.diffusion.state_dict())
-    else:       # how far x is from x_hat, on the same crops for every level
-        crops = photos.crops(256, args.crop + 2 * MARGIN)                           # (256, 3, ., .)
+    if old:
+        model.load_state_dict(old.state_dict())
+    else:
+        crops = photos.crops(256, args.crop + 2 * MARGIN)       # (256, 3, ., .), for every level
         for level in range(levels):
             q = torch.full((16,), level, device=device)
-            gaps = [hfd.to_planes(torch.sub(*pairs(part, q))) for part in crops.split(16)]
-            squares = [gap.square().mean(dim=(0, 2, 3)) for gap in gaps]            # (12,) each
-            model.residual_std[level] = torch.stack(squares).mean(dim=0).sqrt()
-    inside = {name for name, p in model.named_parameters() if p.ndim == 4 and ".conv" in name}
-    matrices = [p for name, p in model.named_parameters() if name in inside]
-    rest = [p for name, p in model.named_parameters() if name not in inside]
+            gaps = torch.cat([torch.sub(*pairs(part, q)) for part in crops.split(16)])
+            model.residual_std[level] = hfd.to_planes(gaps).square().mean(dim=(0, 2, 3)).sqrt()
+    blocks, rest = [], []
+    for name, p in model.named_parameters():
+        (blocks if p.ndim == 4 and ".conv" in name else rest).append(p)
     optimizers = [adam([{"params": rest, "peak": args.lr}]),
-                  Muon([{"params": matrices, "peak": 10 * args.lr}])]
-    compiled([model.net], device)
-    pool = {}
+                  Muon([{"params": blocks, "peak": 10 * args.lr}])]
+    run = Run(args, device, model, optimizers, photos, autoencoder=base.identity.hex())
+
+    @functools.lru_cache(1)
+    def pool(number, size, batch):
+        """Pairs (x, x_hat, q) for POOL steps. Making an x_hat costs a third of learning from it;
+        but a pair can serve several draws of time and noise, and serves four on average. All
+        depends on the number alone: a run may be resumed half-way through a pool."""
+        run.seed(-1 - number)
+        q = torch.randint(levels, (POOL // 4 * batch,)).to(device)                  # (N,)
+        made = [pairs(photos.crops(batch, size + 2 * MARGIN), part) for part in q.split(batch)]
+        return *(torch.cat(each) for each in zip(*made)), q
 
     def batch_loss(step, size, batch):
-        """The mean objective over random pairs of crops, each at a random level.
-
-        Making an x_hat costs a third of learning from it. But a pair can serve several draws of
-        time and noise: so a pool of pairs serves POOL steps, and each pair four of them on average.
-        It depends on the number of the pool alone: a run may be resumed half-way through."""
-        number = step // POOL, size
-        if number not in pool:
-            run.seed(-1 - number[0])
-            q = torch.randint(levels, (POOL // 4 * batch,)).to(device)              # (N,)
-            made = [pairs(photos.crops(batch, size + 2 * MARGIN), part) for part in q.split(batch)]
-            pool.clear()
-            pool[number] = *(torch.cat(each) for each in zip(*made)), q             # x, x_hat, q
-            run.seed(step)
+        given = pool(step // POOL, size, batch)
+        run.seed(step)                                      # again, if this step made the pool
         chosen = torch.randperm(POOL // 4 * batch)[:batch].to(device)               # (B,)
-        x, x_hat, q = (each[chosen] for each in pool[number])
-        return {"loss": model(x, x_hat, q)}
+        return {"loss": model(*(each[chosen] for each in given))}
 
-    run = Run(args, "denoiser", device, model, optimizers, photos, autoencoder=base.identity.hex())
     fit(run, batch_loss)
 
 
 # The command line ---------------------------------------------------------------------------------
 
 
-def command_line():
-    """The parser of both stages, with every default in its help."""
+def command_line(**settings):
+    """The parser of both stages, with every default in its help. settings: other defaults."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="stage", required=True)
-    stages = {"autoencoder": "stage 1: rate + lambda * MSE", "diffusion": "stage 2: x given x_hat"}
-    ae, diffusion = (commands.add_parser(stage, help=text, formatter_class=sample.Help)
-                     for stage, text in stages.items())
-    for p, batch, crop in ((ae, 8, 128), (diffusion, 16, 64)):
-        p.add_argument("--images", metavar="DIR", help="folder of pictures, or one picture; those "
-                       "below are read, hidden ones and linked ones not. Without: dead leaves")
-        p.add_argument("--out", metavar="DIR", default="runs/model", help="folder of the model")
-        p.add_argument("--resume", action="store_true",
-                       help="go on in --out, with its settings unless given anew")
-        p.add_argument("--init", metavar="DIR", help="start from the model in this folder")
-        p.add_argument("--seed", type=sample.seed_number, default=0, help="of everything random")
-        p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-        for flag, default, text in (
-                ("steps", 20_000, "optimizer steps; the learning rate falls to zero there"),
-                ("batch", batch, "crops per step (and per GPU)"),
-                ("crop", crop, "their side, a multiple of 16; twice that in the last quarter"),
-                ("lr", 1e-3, "peak learning rate of AdamW; Muon's (in stage 2) is ten times that"),
-                ("warmup", 200, "steps until the peak is reached"),
-                ("megapixels", 4000.0, "most picture data in memory (3 bytes a pixel)"),
-                ("variety", 0.5, "share of crops that are resized, softened in colour, relit"),
-                ("log-every", 50, "steps per line"), ("save-every", 1000, "steps per save")):
-            p.add_argument("--" + flag, type=type(default), default=default, help=text)
-    ae.add_argument("--prior", choices=entropy.PRIORS, default="context", help="Part I or Part II of "
-                    "entropy.py; another than --init has is learned alone, so that pictures stay")
-    new = "; left out: what --init has, or "
+    stages = parser.add_subparsers(dest="stage", required=True)
+    ae, diffusion = (stages.add_parser(name, help=text, formatter_class=sample.Help)
+                     for name, text in (("autoencoder", "stage 1: rate + lambda * MSE"),
+                                        ("diffusion", "stage 2: x given x_hat")))
+    ae.add_argument("--prior", choices=entropy.PRIORS, default="context", help="Part I or II of "
+                    "entropy.py; if --init has the other, only the prior is learned")
     diffusion.add_argument("--kind", choices=hfd.DENOISERS, help="plain v-prediction, with the "
-                           "closed-form start, or with HFD+ too" + new + "plus")
+                           "closed-form start, or with HFD+ too; left out: --init's, or plus")
     diffusion.add_argument("--eta", type=float, help="shift of the noise schedule: 1 is cosine, "
-                           "the paper has 0.5" + new + "0.1")
-    diffusion.add_argument("--objective", choices=hfd.SCHEDULES,
-                           help="v: diffusion, flow: rectified flow" + new + "v")
+                           "the paper has 0.5; left out: --init's, or 0.1")
+    diffusion.add_argument("--objective", choices=hfd.SCHEDULES, help="v: diffusion, flow: "
+                           "rectified flow; left out: --init's, or v")
+    for p, batch, crop in ((ae, 8, 128), (diffusion, 16, 64)):
+        for flag, kind, default, text in (
+                ("images", str, None, "folder of pictures, or one picture; those below are read, "
+                 "hidden ones and linked ones not. Without: dead leaves"),
+                ("out", str, "runs/model", "folder of the model"),
+                ("init", str, None, "folder of a model to start from"),
+                ("seed", sample.seed_number, 0, "of everything random"),
+                ("device", str, "auto", "cuda, mps, cpu or auto"),
+                ("steps", int, 20_000, "optimizer steps; the learning rate falls to zero there"),
+                ("batch", int, batch, "crops per step (and per GPU)"),
+                ("crop", int, crop, "their side, a multiple of 16; twice that in the last quarter"),
+                ("lr", float, 1e-3, "peak learning rate of AdamW; Muon has ten times that"),
+                ("warmup", int, 200, "steps until the peak is reached"),
+                ("megapixels", float, 4000.0, "most picture data in memory (3 bytes a pixel)"),
+                ("variety", float, 0.5, "share of crops resized, softened in colour, relit"),
+                ("log-every", int, 50, "steps a line"), ("save-every", int, 1000, "steps a save")):
+            p.add_argument("--" + flag, type=kind, default=default, help=text)
+        p.add_argument("--resume", action="store_true", help="go on in --out, flags as they were")
+        p.set_defaults(**settings)
     return parser
 
 
 def parsed(argv):
-    """The flags in argv; with --resume, what the run in --out was started with is their default,
-    and `commands` are all that had a part in it. HFDError for flags without sense."""
-    parser = command_line()
-    args, commands = parser.parse_args(argv), []
+    """The flags in argv; with --resume, what the run in --out was started with is their default.
+    To them come `part` and `state`, the paths of what ships and of what --resume needs, and the
+    `recipe`, as far as it is known. HFDError for flags without sense."""
+    args = command_line().parse_args(argv)
     part = Path(args.out, "autoencoder.npz" if args.stage == "autoencoder" else "denoiser.npz")
+    state = part.with_suffix(".training.npz")
+    recipe = {"commands": [], "settings": {}, "steps": 0, "gigapixels": 0.0, "minutes": 0.0}
     if args.resume:
-        state = part.with_suffix(".training.npz")
         about, _ = hfd.read_archive(state if state.exists() else part)
         try:
-            commands = list(about["recipe"]["commands"])
-            words = [f"--{name.replace('_', '-')}={value}" for name, value
-                     in about["recipe"]["settings"].items() if value is not None]
-        except (LookupError, TypeError, AttributeError) as error:
-            raise HFDError(f"{part}: its settings cannot be read ({error})") from None
-        args = parser.parse_args([args.stage, *words, *argv[1:]])
+            recipe = {name: type(new)(about["recipe"][name]) for name, new in recipe.items()}
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise HFDError(f"{state}: does not say what to resume ({error})") from None
+        args = command_line(**recipe["settings"]).parse_args(argv)
     elif part.exists():
-        raise HFDError(f"{part}: exists already. --resume continues it; to start anew, name "
-                       "another --out or remove it")
-    counts = args.batch, args.steps, args.warmup, args.log_every, args.save_every, args.crop
-    if not all(isinstance(n, int) and 0 < n < 10 ** 9 for n in counts) or args.crop % hfd.CELL:
-        raise HFDError("--batch, --steps, --warmup, --log-every and --save-every must be at least "
-                       "1, --crop a multiple of 16")
-    if not 0 <= args.variety <= 1:
-        raise HFDError("--variety must lie between 0 and 1")
-    if not all(0 < n < math.inf for n in (args.lr, args.megapixels, getattr(args, "eta", 1) or 1)):
-        raise HFDError("--lr, --megapixels and --eta must be numbers above 0")
-    words = "python train.py " + shlex.join(argv)
-    args.commands = commands + [words] * (words not in commands)
+        raise HFDError(f"{part}: exists already; --resume continues it, another --out starts anew")
+    for flag in "steps", "batch", "crop", "warmup", "log_every", "save_every", "lr", "megapixels":
+        if not 0 < vars(args)[flag] < 10 ** 9 or flag == "crop" and args.crop % hfd.CELL:
+            raise HFDError(f"--{flag.replace('_', '-')} must be above 0, --crop a multiple of 16")
+    recipe["settings"] = {flag: value for flag, value in vars(args).items()
+                          if flag not in ("stage", "out", "resume")}
+    recipe["commands"].append("python train.py " + shlex.join(argv))
+    args.part, args.state, args.recipe = part, state, recipe
     return args
 
 
 def main(argv=None):
     """Run one command. argv: a list of words, or None for the shell's."""
     args = parsed(sys.argv[1:] if argv is None else argv)
+    os.makedirs(args.out, exist_ok=True)
+    folder = os.open(args.out, os.O_RDONLY)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        os.makedirs(args.out, exist_ok=True)
-        folder = os.open(args.out, os.O_RDONLY)
         if os.environ.get("RANK", "0") == "0":              # two runs would ruin each other's files
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise HFDError(f"{args.out}: another run writes to it; wait for that, or choose another "
-                       "--out") from None
-    name, handlers = args.device, [(number, signal.getsignal(number)) for number in SIGNALS]
-    if "WORLD_SIZE" in os.environ:                          # torchrun: a process per GPU
-        if name == "auto" and torch.cuda.is_available():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-    try:
-        device = sample.pick_device(name)
+        if "WORLD_SIZE" in os.environ:                      # torchrun: a process per GPU
+            if args.device == "auto" and torch.cuda.is_available():
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        device = sample.pick_device(args.device)
         known = hfd.load_model(args.init, device) if args.init else None
         torch.manual_seed(args.seed)
         stage = train_autoencoder if args.stage == "autoencoder" else train_diffusion
         stage(args, device, known)
+    except BlockingIOError:
+        raise HFDError(f"{args.out}: another run writes to it; choose another --out") from None
     finally:
-        for number, handler in handlers:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         os.close(folder)
         if dist.is_initialized():

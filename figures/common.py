@@ -1,8 +1,7 @@
 """What the scripts share: pictures, a run that can be stopped and continued, one style of plot.
 
 A script makes a `Run`, measures one point after another, draws, and calls `finish`. Every point is
-saved as soon as it is there, so the same command, started again, goes on where the last one
-stopped.
+saved as soon as it is there, so the same command, started again, goes on where it was stopped.
 """
 import argparse
 import functools
@@ -27,10 +26,9 @@ from hfd import HFDError
 
 
 def pictures(folder=None, count=None, middle=None):
-    """[(name, PIL RGB image)] of a folder, or if None of what is at hand, the portrait and three
-    dead leaves pictures. count: only so many, evenly spread. middle: of each only the square of
-    that side around its centre. HFDError if one cannot be read: a mean over the others would
-    compare with nothing."""
+    """[(name, PIL RGB image)] of a folder, or if None of the portrait and three dead leaves
+    pictures. count: only so many, evenly spread. middle: of each only the square of that side
+    around its centre. HFDError if one cannot be read: a mean over the others would mislead."""
     if folder is None:
         rng = np.random.default_rng(20230518)   # not a seed of train.py's: nothing that it draws
         leaves = [(f"leaves {n}", Image.fromarray(train.dead_leaves(256, rng))) for n in (1, 2, 3)]
@@ -77,24 +75,21 @@ def read_results(path):
 FLAGS = {
     "level": dict(type=int, help="quality level"),
     "levels": dict(type=int, nargs="+", metavar="LEVEL", help="quality levels"),
-    "steps": dict(type=int, help="denoising steps"),
-    "eta": dict(type=float, help="of the sampler's schedule; by default the level's own"),
     "most": dict(type=int, help="no more steps than this"),
     "others": dict(nargs="+", metavar="DIR", help="more models with the same autoencoder"),
     "flow": dict(metavar="DIR", help="a model with the same autoencoder and --objective flow"),
     "factorized": dict(metavar="DIR", help="a model with the same transforms, a factorized prior"),
-    "megapixels": dict(type=float, nargs="+", help="sizes to measure time and memory at"),
+    "megapixels": dict(type=float, nargs="+", help="sizes to measure memory at"),
     "results": dict(metavar="FILE", help="what figures.rate_distortion wrote"),
     "batch": dict(type=int, help="pictures per step; by default as train.py has it"),
 }
 
 
 class Run:
-    """One run of figures/NAME.py, from its flags to its files.
-
-    It has `args`, `device`, `model`, `names` and `images` (PIL RGB), `kodak`, whether these are the
-    24 Kodak pictures, for which alone published numbers hold; `distances`, those of the feature
-    set, if its network is there; and `numbers`, what there is to plot of a score.
+    """One run of figures/NAME.py, from its flags to its files. It has `args`, `device`, `model`,
+    `names`, `images` (PIL RGB) and `kodak`, whether these are the 24 Kodak pictures, for which
+    alone published numbers hold; `distances`, those of the feature set, if its network is there;
+    and `numbers`, what there is to plot of a score.
 
     doc: the script's docstring. scored: whether it measures on pictures that the user names; else
     there is only the portrait. stage1: whether a model without a denoiser will do. flags: defaults
@@ -115,11 +110,10 @@ class Run:
         if scored:
             add("--images", metavar="DIR", help="folder of pictures; else portrait and leaves")
             add("--middle", type=int, metavar="SIDE", help="only a square in the middle of each")
-            add("--inception", metavar="FILE", help="inception-2015-12-05.pt, for FID/256")
         for flag, default in flags.items():
             add(f"--{flag}", default=default, **FLAGS[flag])
         self.args = args = parser.parse_args(argv)
-        counts = [getattr(args, flag, None) for flag in ("middle", "steps", "most", "batch")]
+        counts = [getattr(args, flag, None) for flag in ("middle", "most", "batch")]
         if any(n is not None and n < 1 for n in counts):
             raise HFDError("pixels, steps and batches must be at least 1")
         self.device = sample.pick_device(args.device)
@@ -130,38 +124,48 @@ class Run:
             raise HFDError(f"{args.model}: has quality levels 1 to {self.last_level}")
         if not stage1:
             sample.need_diffusion(self.model)
-        how, self.distances = (2, 256) if args.quick else (None, getattr(args, "middle", None)), {}
-        found = pictures(args.images, *how) if scored else [("portrait", sample.portrait())]
-        self.names, self.images = map(list, zip(*found))
-        if scored and args.inception:
-            self.distances, self.features = metrics.inception(args.inception, self.device)
-        elif scored:
-            try:
-                self.distances, self.features = metrics.efficientnet(self.device)
-            except HFDError as error:
-                print(f"note: {error}; it is left out")
-        self.numbers = [*self.distances][:1] + ["psnr"]
-        kodak = [f"kodim{n:02}" for n in range(1, 25)]
-        self.kodak = [Path(name).stem for name in self.names] == kodak and how == (None, None)
+        self._choose(scored)
+        self.command, self._coded = " ".join([parser.prog, *(Path(x).name for x in argv)]), {}
+        self._continue()
 
-        # What the numbers depend on: an earlier run's points serve again only if all of it is the
-        # same. Folders are the user's own business, so of paths only the last part is kept.
+    def _choose(self, scored):
+        """The pictures, and what can be measured on them."""
+        self.names, self.images, self.distances = ["portrait"], [sample.portrait()], {}
+        if not scored:
+            return
+        count, middle = (2, 256) if self.args.quick else (None, self.args.middle)
+        found = pictures(self.args.images, count, middle)
+        self.names, self.images = map(list, zip(*found))
+        stems = [Path(name).stem for name in self.names]
+        self.kodak = stems == [f"kodim{n:02}" for n in range(1, 25)] and not (count or middle)
+        for name, image in found:
+            if min(image.size) < metrics.SIZE:
+                raise HFDError(f"{name}: {image.width}x{image.height} pixels are too few, there "
+                               f"must be {metrics.SIZE} a side; leave it out")
+        try:
+            self.distances, self.features = metrics.efficientnet(self.device)
+        except HFDError as error:
+            print(f"note: {error}; it is left out")
+        self.numbers = ["fd", "psnr"] if self.distances else ["psnr"]
+
+    def _continue(self):
+        """Take over what an earlier run has measured, if all that the numbers depend on is the same
+        (`about`). Folders are the user's own business, so of paths only the last part is kept."""
+        args, model, self.points = self.args, self.model, {}
+        weights = digest(*filter(None, (model.autoencoder, model.diffusion)))
         self.about = {
             "flags": {flag: value for flag, value in vars(args).items()
-                      if flag in ("seed", "quick", "level", "steps", "eta")},
+                      if flag in ("seed", "quick", "level")},
             "sampler": [hfd.STEPS, hfd.PATCH, hfd.CONTEXT, hfd.RELATIVE_ETA],
             "hardware": train.hardware(self.device), "torch": str(torch.__version__),
             "pillow": PIL.__version__, "distances": self.distances,
             "pictures": [self.names, digest(*(image.tobytes() for image in self.images))],
-            "model": {"name": Path(args.model).name, "weights": digest(*filter(None, (
-                self.model.autoencoder, self.model.diffusion)))}}
-        self.command = " ".join([parser.prog, *(Path(word).name for word in argv)])
-        self.points, self._coded = {}, {}
+            "model": {"name": Path(args.model).name, "weights": weights}}
         os.makedirs(args.out, exist_ok=True)
-        own = digest(json.dumps(self.about).encode())[:8]   # for runs that differ
-        self.path, self.partial = paths = [Path(args.out, args.name + end) for end in (
-            ".json", f".{own}.partial.json")]
-        for path in paths:
+        self.path = Path(args.out, args.name + ".json")
+        own = digest(json.dumps(self.about).encode())[:8]               # for runs that differ
+        self.partial = self.path.with_name(f"{args.name}.{own}.partial.json")
+        for path in (self.path, self.partial):
             if path.exists() and not args.fresh:
                 about, points = read_results(path)
                 self.points |= points if about == self.about else {}
@@ -213,21 +217,19 @@ class Run:
 
         code(i, image) -> (bytes of the file, {variant: (decoded PIL image, {name: number})}) for
         picture number i; the numbers are seconds of parts, mostly. A score has means over pictures
-        of these, of `bpp`, `psnr` in dB and `colour` (how far the mean colour is off in the worst
-        channel, of 255); these three one by one, as bpp_each; and metrics.realism, if there are
-        features."""
+        of these and of `bpp`, `psnr` in dB, `mse` on the scale 0..255, `colour` (how far the mean
+        colour is off the original's in the worst channel), and metrics.realism if it can."""
         def compute():
             rows = {}
             for i, image in enumerate(self.images):
                 data, variants = code(i, image)
                 for variant, (decoded, numbers) in variants.items():
-                    off = np.subtract(decoded, image, dtype=float).mean(axis=(0, 1))        # (3,)
+                    error = np.subtract(decoded, image, dtype=float)                # (H, W, 3)
                     rows.setdefault(variant, []).append({
                         "bpp": 8 * len(data) / (image.width * image.height),
-                        "psnr": sample.psnr(image, decoded), "colour": np.abs(off).max(), **numbers,
+                        "psnr": sample.psnr(image, decoded), "mse": np.square(error).mean(),
+                        "colour": np.abs(error.mean(axis=(0, 1))).max(), **numbers,
                         "features": self.features(decoded) if self.distances else {}})
-                if sys.stderr.isatty():
-                    sys.stderr.write(f"\r{key}: picture {i + 1}/{len(self.images)} \033[K\r")
             return {"variants": {variant: self._score(each) for variant, each in rows.items()}}
         return self.point(key, compute)["variants"]
 
@@ -235,10 +237,8 @@ class Run:
         """One variant's score."""
         each = {name: [row[name] for row in rows] for name in rows[0]}
         features = each.pop("features")
-        return {name: round(np.mean(values).item(), 5) for name, values in each.items()} | (
-            metrics.realism(self.reference, features) if self.distances else {}) | {
-            f"{name}_each": [round(float(value), 5) for value in each[name]]
-            for name in ("bpp", "psnr", "colour")}
+        score = {name: round(np.mean(values).item(), 5) for name, values in each.items()}
+        return score | (metrics.realism(self.reference, features) if self.distances else {})
 
     def coded(self, level, i):
         """(bytes, x_hat): picture number i's file at quality `level`, 1 .. Q, and what its
@@ -250,6 +250,15 @@ class Run:
             self._coded[level, i] = data, sample.reconstruct(k, header, self.model)
         return self._coded[level, i]
 
+    def sample(self, level, i, diffusion=None, seed=0, **settings):
+        """What HFD draws from that file, (1, 3, H', W'), as sample.decompress does. diffusion: None
+        for the model's. seed: added to the file's. settings: those of hfd.sample_picture."""
+        data, x_hat = self.coded(level, i)
+        header = sample.parse(data, self.names[i])
+        x = hfd.sample_picture(diffusion or self.model.diffusion, x_hat, level - 1,
+                               seed=header["seed"] + seed, **settings)
+        return sample.with_mean(x, header)
+
     def drawn(self, key, level, draw):
         """{variant: score} of draw(i, x_hat) -> {variant: x (1, 3, H', W')}, the point `key`."""
         def code(i, image):
@@ -260,12 +269,12 @@ class Run:
         return self.measure(key, code)
 
     def sampled(self, key, level, diffusion=None, **settings):
-        """The score of HFD at quality `level`. diffusion: another one than the model's; its weights
-        become part of the key. settings: those of hfd.sample_picture."""
-        net = diffusion or self.model.diffusion
-        key += f" ({digest(net)[:8]})" if net is not self.model.diffusion else ""
-        return self.drawn(key, level, lambda i, x_hat: {"HFD": hfd.sample_picture(
-            net, x_hat, level - 1, seed=self.args.seed + i, **settings)})["HFD"]
+        """The score of HFD at quality `level`, as `sample` draws it. The weights of another
+        denoiser than the model's become part of the key."""
+        if diffusion not in (None, self.model.diffusion):
+            key += f" ({digest(diffusion)[:8]})"
+        return self.drawn(key, level, lambda i, x_hat: {
+            "HFD": self.sample(level, i, diffusion, **settings)})["HFD"]
 
     def blurry(self, level):
         """The score of the autoencoder alone at quality `level`."""

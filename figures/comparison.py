@@ -4,6 +4,7 @@
 
 Where the two samples differ, the model invents; where they agree, it may still.
 """
+import numpy as np
 from PIL import Image
 
 import sample
@@ -11,10 +12,9 @@ from figures import codecs, common
 
 
 def main(argv=None):
-    """Code the portrait with each codec in as many bytes, and set the results side by side."""
     run = common.Run("comparison", __doc__, argv, scored=False, level=2)
     image, numbers = run.images[0], {}
-    data, _ = sample.compress(image, run.model, run.args.level, run.args.seed)
+    data, _ = run.coded(run.args.level, 0)
     shown = [("original", image)]
     for name, options in (("JPEG", {"optimize": True}), ("AVIF", {"speed": 6})):
         file, quality = sample.largest_within(len(data), image, name, **options)
@@ -27,10 +27,7 @@ def main(argv=None):
         numbers[name] = round(sample.psnr(image, decoded), 2)
         print(f"{name:28} PSNR {numbers[name]:.2f} dB")
     rows = [sample.contact_sheet(shown[n:n + 3], sample.DETAIL, 4) for n in (0, 3)]
-    whole = Image.new("RGB", (rows[0].width, 2 * rows[0].height))
-    for n, row in enumerate(rows):
-        whole.paste(row, (0, n * row.height))
-    run.finish(whole, psnr=numbers)
+    run.finish(Image.fromarray(np.vstack(rows)), psnr=numbers)
 
 
 if __name__ == "__main__":

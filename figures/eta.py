@@ -2,13 +2,10 @@
 
     python -m figures.eta --images KODAK --middle 256 --others runs/eta0.5 runs/eta1 --out figures
 
-Noise far above the residual x - x_hat hides everything but x_hat, noise far below it leaves nothing
-to decide. At t = 1/2 noise and signal stand at sigma / alpha = eta: so the best eta should lie near
-the residual's standard deviation (dotted).
+Noise far above the residual x - x_hat hides all but x_hat, noise far below it leaves nothing to
+decide: so the best eta should lie near the residual's standard deviation (dotted).
 """
 from pathlib import Path
-
-import numpy as np
 
 import sample
 from figures import common
@@ -17,23 +14,21 @@ ETAS = (0.025, 0.05, 0.1, 0.2, 0.5, 1.0)        # at 0 there is nothing to sampl
 
 
 def main(argv=None):
-    """Sample with every net under every eta, print the best, draw."""
     run = common.Run("eta", __doc__, argv, levels=[1, 4], others=[])
     nets, rows, first = {"this model": run.model.diffusion}, [], run.numbers[0]
     nets |= {Path(folder).name: run.other(folder).diffusion for folder in run.args.others}
     figure, panels = common.axes(len(run.numbers), rows=len(run.args.levels), width=4.6, height=3.3)
     for level in run.args.levels:
         best, curves, blurry = {}, {}, run.blurry(level)
-        # In the units of x, where a step of a pixel is 2 / 255.
-        std = 2 * np.sqrt(np.mean([10 ** (-psnr / 10) for psnr in blurry["psnr_each"]])).item()
+        std = blurry["mse"] ** 0.5 / 127.5                      # of x in [-1, 1]
         for name, net in nets.items():
             points = curves[name] = {
                 eta: run.sampled(f"level {level}, {name}, eta {eta:g}", level, net, eta=eta)
                 for eta in ETAS[::4 if run.args.quick else 1]}
             at = (max if first == "psnr" else min)(points, key=lambda eta: points[eta][first])
             row = {"level": level, "net": name, "kind": net.config.kind, "best_eta": at,
-                   "trained_at": net.config.eta, "residual_std": round(std, 4), **{
-                       f"best_{number}": round(points[at][number], 2) for number in run.numbers}}
+                   "trained_at": net.config.eta, "residual_std": round(std, 4)}
+            row |= {f"best_{number}": round(points[at][number], 2) for number in run.numbers}
             print(", ".join(f"{key} {value}" for key, value in row.items()))
             over = {f"best over that of {other}": (points[at], best[other]) for other in best}
             over |= {f"eta {eta:g} over best": (point, points[at]) for eta, point in points.items()}

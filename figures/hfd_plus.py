@@ -9,7 +9,6 @@ from figures import common
 
 
 def main(argv=None):
-    """Measure, compare at equal bits, draw."""
     run = common.Run("hfd_plus", __doc__, argv, levels=[1, 2, 3])
     blocks, rows = (64,) if run.args.quick else (16, 32, 64, 128), []
 
@@ -40,8 +39,8 @@ def main(argv=None):
     ticks = {row["block"]: f"{row['block']}\n{row['extra_bpp']:+.4f}" for row in rows[:len(blocks)]}
     for panel, number in zip(panels, run.numbers):
         lines = [("no map", [blocks[0], blocks[-1]], [0, 0], (common.GREY, ""))]
-        for n, (look, level) in enumerate(zip(common.CYCLE, run.args.levels)):
-            y = [row[f"{number} gain"] for row in rows[n * len(blocks):][:len(blocks)]]
+        for look, level in zip(common.CYCLE, run.args.levels):
+            y = [row[f"{number} gain"] for row in rows if row["level"] == level]
             lines.append((f"level {level}", blocks, y, look))
         common.draw(panel, lines, ticks, title=common.AXES[number]["title"], xscale="log",
                     xlabel=f"side of blocks, and bits per pixel at level {run.args.levels[0]}",

@@ -1,5 +1,4 @@
-"""Does more training help? Frechet distance over the autoencoder's, against pixels seen in
-training.
+"""Does more training help? The Frechet distance, against pixels seen in training.
 
     python -m figures.learning --images KODAK --others runs/1 runs/2 runs/3 --out figures
 
@@ -11,7 +10,6 @@ from hfd import HFDError
 
 
 def main(argv=None):
-    """Measure every model at every level, print, draw."""
     run = common.Run("learning", __doc__, argv, levels=[1, 4], others=[])
     nets, found = {}, {level: {} for level in run.args.levels}
     for folder in [run.args.model, *run.args.others]:
@@ -26,17 +24,15 @@ def main(argv=None):
             found[level][seen] = run.compare(f"{what}, over the autoencoder",
                                              run.sampled(what, level, net), run.blurry(level))
     figure, panels = common.axes(max(len(run.distances), 1))
-    for panel, number in zip(panels, run.distances or ("db",)):
+    for panel, number in zip(panels, run.distances):
         lines = []
         for look, (level, points) in zip(common.CYCLE, found.items()):
-            x, y = list(points), [point[number] for point in points.values()]
-            if run.distances:
-                y, low, high = zip(*y)
-                panel.fill_between(x, low, high, color=look[0], alpha=0.12, linewidth=0)
+            x, (y, low, high) = list(points), zip(*(point[number] for point in points.values()))
+            panel.fill_between(x, low, high, color=look[0], alpha=0.12, linewidth=0)
             lines.append((f"level {level}", x, y, look))
         common.draw(panel, lines, x, xlabel="gigapixels seen", xscale="log",
                     title=f"{number}: HFD over the autoencoder")
-    run.finish(figure, over_autoencoder=found)
+    run.finish(figure if run.distances else None, over_autoencoder=found)
 
 
 if __name__ == "__main__":

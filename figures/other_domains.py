@@ -2,8 +2,7 @@
 
     python -m figures.other_domains --out figures
 
-The rate at equal PSNR, relative to WebP, and pictures at one level. Never use the sampler on data
-that somebody will read off.
+Rates are relative to WebP's at equal PSNR. Never use the sampler on data that somebody reads off.
 """
 import numpy as np
 from matplotlib.cbook import get_sample_data
@@ -47,7 +46,6 @@ def curves(run, image):
 
 
 def main(argv=None):
-    """Rate-distortion curves of the autoencoder and WebP on each domain; a sheet of details."""
     run = common.Run("other_domains", __doc__, argv, scored=False, level=2)
     summary, columns = {}, {}
     for name, image in domains().items():
@@ -55,10 +53,7 @@ def main(argv=None):
         found = run.point(name, lambda: curves(run, image))
         own, theirs = ({psnr: size for size, psnr in found[codec]}
                        for codec in ("autoencoder", "WebP"))
-        try:
-            summary[name] = round(metrics.bd_rate(theirs.values(), theirs, own.values(), own), 1)
-        except ValueError:
-            summary[name] = None                            # they have no quality in common
+        summary[name] = metrics.bd_rate(theirs.values(), theirs, own.values(), own)
         print(f"{name}: {summary[name]} % of bits, relative to WebP, at equal PSNR")
         data, _ = sample.compress(image, run.model, run.args.level)
         jpeg, _ = sample.largest_within(len(data), image, optimize=True)

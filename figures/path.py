@@ -14,14 +14,12 @@ STEPS = ("hfd.Analysis,\nround", "entropy.encode\n(range coder)", "entropy.decod
 
 
 def main(argv=None):
-    """Draw the diagram."""
     run = common.Run("path", __doc__, argv, scored=False, level=1)
-    image, q, model = run.images[0].crop(DETAIL), run.args.level - 1, run.model
-    data, _ = sample.compress(image, model, run.args.level, run.args.seed)
-    header = sample.parse(data, "path")
-    k, _ = sample.decode_latent(header, model, "path")
-    x_hat = sample.reconstruct(k, header, model)
-    frames = recorded(model.diffusion, x_hat, q, run.args.seed)
+    image = run.images[0].crop(DETAIL)
+    run.images = [image]
+    data, x_hat = run.coded(run.args.level, 0)
+    k = run.model.autoencoder.encode(sample.to_tensor(image, run.device), run.args.level - 1)
+    frames = recorded(run.model.diffusion, x_hat, run.args.level - 1, run.args.seed)
     latent = k[0, :24].abs().clamp(max=3).reshape(4, 6, *k.shape[2:]).permute(0, 2, 1, 3)
     latent = latent.reshape(4 * k.shape[2], -1).cpu().numpy()           # black 0, white 3 or more
     blurry, noisy, drawn = (sample.to_image(t, *image.size)
@@ -44,10 +42,9 @@ def main(argv=None):
         if step:
             cell.annotate("", (1.61, 0.5), (1.04, 0.5), xycoords="axes fraction",
                           arrowprops={"arrowstyle": "-|>"})
-    for text, x, look in (
-            ("stage 1, trained for rate + lambda * MSE: all of the bits", 0.3, "autoencoder"),
-            ("stage 2, diffusion: all of the realism", 0.85, "HFD")):
-        figure.text(x, 0.89, text, color=common.LOOK[look][0], ha="center", fontsize=9)
+    figure.text(0.1, 0.89, "stage 1, trained for rate + lambda * MSE: all of the bits",
+                color=common.LOOK["autoencoder"][0])
+    figure.text(0.7, 0.89, "stage 2, diffusion: all of the realism", color=common.LOOK["HFD"][0])
     run.finish(figure, file_bytes=len(data))
 
 

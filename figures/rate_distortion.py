@@ -3,11 +3,9 @@
     python -m figures.rate_distortion --images KODAK --factorized runs/factorized --out figures
 
 Rates are those of complete files. What the context model is worth is the gap to a factorized prior
-on the same transforms: train.py autoencoder --init checkpoints --prior factorized --out ... trains
-one.
+on the same transforms (train.py autoencoder --init checkpoints --prior factorized).
 """
 import numpy as np
-import torch
 
 import hfd
 import sample
@@ -18,22 +16,13 @@ FACTORIZED = "factorized prior"
 
 
 def ours(run, model, level, variants):
-    """As Run.measure needs it. variants: {name: rho}.
-
-    `back`: the share of the latent's non-zero symbols that return when the decoded picture is
-    encoded again. An ideal conditional sampler would return all: the file says something about the
-    picture, and a true sample agrees with what the file says (Xu et al. 2024)."""
-    def encode(image):
-        """The latent (1, M, h, w)."""
-        return model.autoencoder.encode(sample.to_tensor(image, run.device), level - 1)
-
+    """As Run.measure needs it. variants: {name: rho}."""
     def code(i, image):
         data, report = sample.compress(image, model, level, run.args.seed + i)
-        k, shown = encode(image), {}
+        shown = {}
         for name, rho in variants.items():
             decoded, decoding = sample.decompress(data, model, run.names[i], rho)
-            back = (encode(decoded) == k)[k != 0].float().mean().nan_to_num(1).item()
-            shown[name] = decoded, report["seconds"] | decoding["seconds"] | {"back": back}
+            shown[name] = decoded, report["seconds"] | decoding["seconds"]
         return data, shown
     return code
 
@@ -47,30 +36,23 @@ def theirs(run, name, setting):
     return code
 
 
-def with_same_transforms(run, folder):
-    """The model in a folder. HFDError if it differs from the run's in more than its prior."""
-    other = hfd.load_model(folder, run.device)
-    a, b = ([t for name, t in model.autoencoder.state_dict().items() if "prior" not in name]
-            for model in (run.model, other))
-    if len(a) != len(b) or not all(map(torch.equal, a, b)):
-        raise HFDError(f"{folder}: has other transforms or steps than {run.args.model}; make it by "
-                       "train.py autoencoder --init MODEL --prior factorized")
-    return other
-
-
 def measure(run):
     """All curves: {name: {setting: score}}, from low rates to high ones."""
-    curves, few = {}, 3 if run.args.quick else 1
-    other = run.args.factorized and with_same_transforms(run, run.args.factorized)
+    curves, quick, other = {}, run.args.quick, None
+    if run.args.factorized:
+        other = hfd.load_model(run.args.factorized, run.device)
+        a, b = run.model.autoencoder, other.autoencoder
+        if common.digest(a.analysis, a.synthesis) != common.digest(b.analysis, b.synthesis):
+            raise HFDError(f"{run.args.factorized}: has other transforms than {run.args.model}; "
+                           "make it by train.py autoencoder --init MODEL --prior factorized")
 
     def add(setting, key, code):
-        """One point of the curves that it is on."""
         for name, score in run.measure(key, code).items():
             curves.setdefault(name, {})[setting] = score
     for name, (_, settings) in codecs.CODECS.items():
-        for setting in settings[::few]:
+        for setting in settings[::3 if quick else 1]:
             add(setting, f"{name} {setting}", theirs(run, name, setting))
-    for level in range(1, run.last_level + 1, few - few // 2):
+    for level in range(1, run.last_level + 1, 2 if quick else 1):
         variants = {"autoencoder": 0, "HFD": 1} if run.model.diffusion else {"autoencoder": 0}
         add(level, f"level {level}", ours(run, run.model, level, variants))
         if other:
@@ -79,30 +61,32 @@ def measure(run):
     return curves
 
 
+def bits_against_others(run, curves):
+    """{what: {codec: % of bits}}: what our curves need more (+) or less (-) at equal quality."""
+    found = {}
+    for number in ["psnr", *run.distances]:
+        def quality(score):
+            """Less distance is more of it, and equal ratios of distance count the same."""
+            return score["psnr"] if number == "psnr" else -np.log(score[number])
+        points = {name: [(score["bpp"], quality(score)) for score in curve.values()]
+                  for name, curve in curves.items()}
+        points |= codecs.PUBLISHED if number == "psnr" and run.kodak else {}
+        for name in filter(curves.get, ("autoencoder", "HFD", FACTORIZED)):
+            found[f"% of bits of {name} at equal {number}, relative to"] = {
+                other: metrics.bd_rate(*zip(*points[other]), *zip(*points[name]))
+                for other in points if other != name}
+    return found
+
+
 def report(run, curves):
     """Print all points, and what they say in single numbers, which are returned."""
-    columns = ["bpp", "psnr", *run.distances, "colour", "back", "encoder", "range encoder",
-               "decoder", "range decoder", "diffusion"]
-    print(f"{'codec':>16} {'setting':>7}", *(f"{column:>13}" for column in columns))
+    columns = ("bpp", "psnr", *run.distances, "colour", "encoder", "range encoder", "decoder",
+               "range decoder", "diffusion")
     for name, points in curves.items():
         for setting, score in points.items():
-            numbers = (f"{score.get(column, 0):13.4f}" for column in columns)
-            print(f"{name:>16} {setting:7}", *numbers)
-    summary = {}
-    for number in ["psnr", *run.distances]:
-        # Less distance is more quality, and equal ratios of it count the same.
-        points = {name: [(score["bpp"], score[number] if number == "psnr" else -np.log(
-            score[number])) for score in curve.values()] for name, curve in curves.items()}
-        if number == "psnr" and run.kodak:
-            points |= {name: points for name, (_, points) in codecs.PUBLISHED.items()}
-        for name in filter(curves.get, ("autoencoder", "HFD", FACTORIZED)):
-            found = summary[f"% of bits of {name} at equal {number}, relative to"] = {}
-            for other in points:
-                try:
-                    bits = round(metrics.bd_rate(*zip(*points[other]), *zip(*points[name])), 1)
-                except ValueError:
-                    bits = None                             # no quality in common
-                found |= {other: bits} if other != name else {}
+            numbers = [f"{column} {score[column]:.4g}" for column in columns if column in score]
+            print(f"{name} {setting}: {', '.join(numbers)}")
+    summary = bits_against_others(run, curves)
     for what, found in summary.items():
         print(what, found)
     for name, other in (("HFD", "autoencoder"), ("autoencoder", FACTORIZED)):
@@ -114,7 +98,6 @@ def report(run, curves):
 
 
 def main(argv=None):
-    """Measure, print, draw."""
     run = common.Run("rate_distortion", __doc__, argv, stage1=True, factorized=None)
     curves = measure(run)
     summary = report(run, curves)
@@ -123,7 +106,7 @@ def main(argv=None):
         lines = []
         if number == "psnr" and run.kodak:
             lines = [(name, *zip(*points), (common.GREY, "", "--"))
-                     for name, (_, points) in codecs.PUBLISHED.items()]
+                     for name, points in codecs.PUBLISHED.items()]
         for name, points in curves.items():
             look, points = common.LOOK[name], {score["bpp"]: score for score in points.values()}
             if number == "psnr" or name != FACTORIZED:      # which draws the same pictures

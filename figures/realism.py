@@ -3,14 +3,13 @@
     python -m figures.realism --images KODAK --out figures
 
 Let D be the autoencoder's squared error. Were x_hat the true posterior mean E[x | file] and the
-sampler exact, then the sample would miss x_hat by an independent copy of the autoencoder's own
-error, so the mixture would cost (1 + rho^2) D and the mean of N samples (1 + 1/N) D (Blau &
-Michaeli 2019; Freirich et al. 2021). An x_hat that misses the mean by b^2 pays 2 rho b^2 less.
+sampler exact, then the sample would miss x_hat by an independent copy of its own error, so the
+mixture would cost (1 + rho^2) D and the mean of N samples (1 + 1/N) D (Blau & Michaeli 2019;
+Freirich et al. 2021). An x_hat that misses the mean by b^2 pays 2 rho b^2 less.
 """
 import numpy as np
 import torch
 
-import hfd
 import sample
 from figures import common
 
@@ -18,8 +17,7 @@ RHO = [n / 10 for n in range(11)]
 
 
 def main(argv=None):
-    """Measure, compare with the predictions, draw."""
-    run = common.Run("realism", __doc__, argv, levels=[1, 4], steps=hfd.STEPS, eta=None)
+    run = common.Run("realism", __doc__, argv, levels=[1, 4])
     draws, summary = (1, 2) if run.args.quick else (1, 2, 4, 8), {}
     figure, panels = common.axes(len(run.numbers) + 1, width=3.9)
     lines = {number: [] for number in run.numbers}
@@ -27,15 +25,12 @@ def main(argv=None):
     for look, level in zip(common.CYCLE, run.args.levels):
         def knob(i, x_hat):
             """Every rho with the first sample, and means of the first N: as Run.drawn needs it."""
-            samples = [hfd.sample_picture(run.model.diffusion, x_hat, level - 1, eta=run.args.eta,
-                                          steps=run.args.steps, seed=run.args.seed + 1000 * n + i)
-                       for n in range(draws[-1])]
-            return {f"rho {rho:g}": torch.lerp(x_hat, samples[0], rho) for rho in RHO} | {
-                f"mean of {n}": torch.stack(samples[:n]).mean(dim=0) for n in draws}
+            samples = [run.sample(level, i, seed=1000 * n) for n in range(draws[-1])]
+            mixed = {f"rho {rho:g}": torch.lerp(x_hat, samples[0], rho) for rho in RHO}
+            return mixed | {f"mean of {n}": torch.stack(samples[:n]).mean(dim=0) for n in draws}
         scores = run.drawn(f"level {level}", level, knob)
-        error = {name: np.mean([10 ** (-psnr / 10) for psnr in score["psnr_each"]]).item()
-                 for name, score in scores.items()}
-        found = summary[level] = {name: round(e / error["rho 0"], 4) for name, e in error.items()}
+        found = summary[level] = {name: round(score["mse"] / scores["rho 0"]["mse"], 4)
+                                  for name, score in scores.items()}
         print(f"level {level}: squared error over D (in theory 1 + rho^2 and 1 + 1/N): {found}")
         for name, score in scores.items():
             run.compare(f"level {level}, {name} over rho 0", score, scores["rho 0"])

@@ -9,8 +9,7 @@ import hfd
 import sample
 from figures import common
 
-ETAS = {1.0: ("#000000", "", "-"), 0.5: ("#0072B2", "", "--"), 0.25: ("#009E73", "", "-."),
-        0.1: ("#D55E00", "", ":")}
+ETAS = {1.0: "#000000", 0.5: "#0072B2", 0.25: "#009E73", 0.1: "#D55E00"}
 DETAIL = (175, 15, 335, 175)
 
 
@@ -22,14 +21,13 @@ def at(t, eta):
 
 
 def main(argv=None):
-    """Draw three panels of curves, and below each z_t at one time."""
     run = common.Run("schedule", __doc__, argv, scored=False, stage1=True)
     figure, panels = common.axes(3, rows=2, width=3.6, height=2.2)
     t, times = np.linspace(0.002, 0.998, 499), (0.25, 0.5, 0.75)
     x = sample.to_tensor(run.images[0].crop(DETAIL), "cpu").double()    # (1, 3, 160, 160)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(run.args.seed))
     for n, (name, time) in enumerate(zip(("log SNR", "alpha", "sigma"), times)):
-        lines = [(f"eta = {eta}", t, at(t, eta)[name], look) for eta, look in ETAS.items()]
+        lines = [(f"eta = {eta}", t, at(t, eta)[name], (ETAS[eta], "")) for eta in ETAS]
         common.draw(panels[n], lines, title=name, xlabel="time t")
         shown = []
         for eta in (1.0, 0.5, 0.25):

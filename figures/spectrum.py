@@ -1,8 +1,6 @@
-"""Where is the missing energy? Power spectra of what decoders make, relative to the originals'.
+"""Where is the missing energy? Power spectra relative to the originals', and coloured grain.
 
     python -m figures.spectrum --images KODAK --out figures
-
-Beside them, coloured grain on flat ground.
 """
 import numpy as np
 import torch.nn.functional as F
@@ -10,10 +8,10 @@ import torch.nn.functional as F
 import hfd
 import sample
 from figures import codecs, common
-from hfd import HFDError
 
 SIDE, BINS = 256, 64
 SHOWN = {"1/8": BINS // 4, "1/4": BINS // 2, "1/2": BINS - 1}           # cycles per pixel
+LOOK = {"original": (common.GREY, "")} | common.LOOK
 
 
 def radial_power(image):
@@ -44,45 +42,38 @@ def grain(image, original):
 
 
 def spectra(run, level):
-    """{kind: {name: mean over all pictures}} of power, grain (1/255) and bits per pixel."""
-    found = {"power": {}, "grain": {}, "bpp": {}}
+    """{name: {number: mean over all pictures}} of power, grain (1/255) and bits per pixel."""
+    found = {}
     for i, image in enumerate(run.images):
         data, x_hat = run.coded(level, i)
-        x = hfd.sample_picture(run.model.diffusion, x_hat, level - 1, seed=run.args.seed + i)
         jpeg, _ = sample.largest_within(len(data), image, optimize=True)
-        shown = {"original": image, "JPEG": codecs.decode(jpeg),
-                 "autoencoder": sample.to_image(x_hat, *image.size),
-                 "HFD": sample.to_image(x, *image.size)}
-        for name, picture in shown.items():
-            found["power"].setdefault(name, []).append(radial_power(picture))
-            found["grain"].setdefault(name, []).append(grain(picture, image))
-        for name, file in (("JPEG", jpeg), ("HFD", data)):
-            found["bpp"].setdefault(name, []).append(8 * len(file) / (image.width * image.height))
-    return {kind: {name: np.mean(each, axis=0).tolist() for name, each in names.items()}
-            for kind, names in found.items()}
+        shown = {"original": (b"", image), "JPEG": (jpeg, codecs.decode(jpeg)),
+                 "autoencoder": (data, sample.to_image(x_hat, *image.size)),
+                 "HFD": (data, sample.to_image(run.sample(level, i), *image.size))}
+        for name, (file, picture) in shown.items():
+            found.setdefault(name, []).append({
+                "power": radial_power(picture), "grain": grain(picture, image),
+                "bpp": 8 * len(file) / (image.width * image.height)})
+    return {name: {number: np.mean([row[number] for row in rows], axis=0).tolist()
+                   for number in rows[0]} for name, rows in found.items()}
 
 
 def main(argv=None):
-    """Average the spectra over all pictures, draw their ratios."""
     run = common.Run("spectrum", __doc__, argv, levels=[1, 4])
-    for name, image in zip(run.names, run.images):
-        if min(image.size) < 2 * BINS:
-            raise HFDError(f"{name}: has {image.width}x{image.height} pixels, and a spectrum needs "
-                           f"{2 * BINS} a side; leave it out")
     frequency, summary = (np.arange(BINS) + 0.5) / (2 * BINS), {}
     figure, panels = common.axes(len(run.args.levels))
     for panel, level in zip(panels, run.args.levels):
         point = run.point(f"level {level}", lambda: spectra(run, level))
-        lines, own = [("original", [0, 0.5], [0, 0], (common.GREY, ""))], point["grain"]["original"]
-        for name in ("JPEG", "autoencoder", "HFD"):
-            gain = 10 * np.log10(np.divide(point["power"][name], point["power"]["original"]))
-            lines.append((name, frequency, gain, (common.LOOK[name][0], "")))
+        lines, original = [], point["original"]
+        for name in ("original", "JPEG", "autoencoder", "HFD"):
+            own = point[name]
+            gain = 10 * np.log10(np.divide(own["power"], original["power"]))
+            lines.append((name, frequency, gain, (LOOK[name][0], "")))
             found = summary[f"level {level}, {name}"] = {
                 f"db_at_{where}": round(gain[n].item(), 2) for where, n in SHOWN.items()}
-            found |= {"grain": round(point["grain"][name], 3),
-                      "grain_over_original": round(point["grain"][name] / own, 3)}
+            found |= {"bpp": round(own["bpp"], 4), "grain": round(own["grain"], 3),
+                      "grain_over_original": round(own["grain"] / original["grain"], 3)}
             print(f"level {level}, {name}: {found}")
-        print(f"level {level}, bits per pixel: {point['bpp']}, grain of the original: {own:.3f}")
         common.draw(panel, lines, title=f"Level {level}: power relative to the original",
                     xlabel="cycles per pixel", ylabel="dB")
     run.finish(figure, summary=summary)

@@ -11,8 +11,7 @@ ENOUGH = 32     # for dpm, which solves the same equation as DDIM and arrives wi
 
 
 def main(argv=None):
-    """Sample with every sampler in every number of steps, print, draw."""
-    run = common.Run("steps", __doc__, argv, levels=[1, 4], eta=None, most=250, flow=None)
+    run = common.Run("steps", __doc__, argv, levels=[1, 4], most=250, flow=None)
     steps = [n for n in STEPS if n <= run.args.most][::4 if run.args.quick else 1]
     nets, curves, summary = {name: (name, None) for name in hfd.SAMPLERS}, {}, {}
     if run.args.flow:                   # an Euler step on the flow is a DDIM step on its schedule
@@ -21,15 +20,15 @@ def main(argv=None):
         for name, (sampler, net) in nets.items():
             what = f"level {level}, {name}"
             points = curves[level, name] = {
-                n: run.sampled(f"{what}, {n} steps", level, net, steps=n, sampler=sampler,
-                               eta=run.args.eta) for n in steps if n <= ENOUGH or name != "dpm"}
+                n: run.sampled(f"{what}, {n} steps", level, net, steps=n, sampler=sampler)
+                for n in steps if n <= ENOUGH or name != "dpm"}
             most, over = curves[level, "ddpm"][steps[-1]], {}
             for n, score in points.items():
                 told = ", ".join(f"{number} {score[number]:.2f}" for number in run.numbers)
                 over[n] = run.compare(f"{what}, {n} steps: {told}; over most of ddpm", score, most)
             enough = [n for n in over if run.distances and over[n]["fd"][0] <= 1.05]
-            print(f"{what}: fewest steps within 5 % of most of ddpm {min(enough, default=None)}")
             summary[what] = {"over_most": over, "fewest": min(enough, default=None)}
+            print(f"{what}: fewest steps within 5 % of most of ddpm {summary[what]['fewest']}")
     figure, panels = common.axes(len(run.numbers) + 1, width=3.9)
     for panel, number in zip(panels, run.numbers + ["diffusion"]):
         lines = []

@@ -18,7 +18,6 @@ def recorded(diffusion, x_hat, q, seed):
     level, frames = torch.tensor([q], device=x_hat.device), []
 
     def predict_x(z, log_snr):
-        """As hfd.sample needs it."""
         x = diffusion.predict_x(z, log_snr.to(z)[None], level, x_hat)
         frames.append((float(log_snr), z.clone(), x))
         return x
@@ -28,11 +27,11 @@ def recorded(diffusion, x_hat, q, seed):
 
 
 def main(argv=None):
-    """Draw every stage of sampling a detail of the portrait as a strip and a GIF."""
     run = common.Run("trajectory", __doc__, argv, scored=False, level=1)
-    image, q, autoencoder = run.images[0].crop(DETAIL), run.args.level - 1, run.model.autoencoder
-    x_hat = autoencoder.decode(autoencoder.encode(sample.to_tensor(image, run.device), q), q)
-    frames = recorded(run.model.diffusion, x_hat, q, run.args.seed)
+    image = run.images[0].crop(DETAIL)
+    run.images = [image]
+    _, x_hat = run.coded(run.args.level, 0)
+    frames = recorded(run.model.diffusion, x_hat, run.args.level - 1, run.args.seed)
     pairs = [[sample.to_image(t, *image.size) for t in (z, x)] for _, z, x in frames]
     captions = {i: f"t = {1 - i / STEPS:.2f}, log SNR {frames[i][0]:+.1f}" for i in SHOWN}
     strip = common.sheet({caption: pairs[i] for i, caption in captions.items()}, (

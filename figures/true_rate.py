@@ -1,19 +1,14 @@
-"""What it costs in truth: bits that include the model, and computing.
+"""Bits that include the model: everybody has a JPEG decoder; ours is a file of megabytes.
 
     python -m figures.true_rate --results figures/rate_distortion.json --out figures
 
-Everybody has a JPEG decoder; ours is a file of megabytes. Counted over N pictures, each pays model
-/ N. From which N on does it save bits against other codecs, at equal PSNR (autoencoder) and at
-equal Frechet distance (HFD)? And what do decoders pay in computing?
+Counted over N pictures, each pays model / N. From which N on does it save bits against other
+codecs, at equal PSNR (autoencoder) and at equal Frechet distance (HFD)?
 """
-import functools
 import os
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-import hfd
 import sample
 from figures import codecs, common
 from hfd import HFDError
@@ -38,25 +33,7 @@ def break_even(point, points, number, model_bits, pixels=PIXELS):
     return int(np.ceil(model_bits / ((rate - point["bpp"]) * pixels)))
 
 
-def computing(run, side):
-    """{part: [10^9 multiply-adds, seconds]}, both per megapixel, on a square of noise."""
-    autoencoder, x = run.model.autoencoder, torch.rand(1, 3, side, side, device=run.device) * 2 - 1
-    k, found = autoencoder.encode(x, 0), {}
-    parts = {"encoder": (autoencoder.encode, x, 0), "decoder": (autoencoder.decode, k, 0)}
-    for steps, context in ((1, 0), (1, hfd.CONTEXT), (1, 128), (hfd.STEPS, hfd.CONTEXT)):
-        draw = functools.partial(hfd.sample_picture, steps=steps, context=context)
-        parts[f"{steps} steps, context {context}"] = draw, run.model.diffusion, x, 0
-    for name, part in parts.items():
-        with FlopCounterMode(display=False) as counter:
-            part[0](*part[1:])
-        seconds = min(run.timed(*part)[1] for _ in range(2))
-        found[name] = [round(number * 1e6 / side ** 2, 3)
-                       for number in (counter.get_total_flops() / 2e9, seconds)]
-    return {"per_megapixel": found}
-
-
 def main(argv=None):
-    """Break-even numbers from measured curves, operation counts from the networks."""
     run = common.Run("true_rate", __doc__, argv, scored=False, level=2,
                      results="figures/rate_distortion.json")
     path, curves, summary = run.args.results, {}, {}
@@ -75,9 +52,6 @@ def main(argv=None):
             found = [break_even(p, curves[codec], number, 8 * sizes[name]) for p in curves[name]]
             summary[f"{name}, equal {number}, {codec}"] = found
             print(f"pictures until {name} pays, at equal {number}, against {codec}: {found}")
-    side = 256 if run.args.quick else 1024
-    for name, cost in run.point("computing", lambda: computing(run, side))["per_megapixel"].items():
-        print("{:24} {:9.1f} GMAC, {:7.2f} s per megapixel".format(name, *cost))
     figure, (panel,) = common.axes(width=5.5)
     N, point = np.logspace(2, 5, 50), curves["HFD"][run.args.level - 1]
     lines = [(f"HFD, level {run.args.level}", N, point["bpp"] + 8 * sizes["HFD"] / (N * PIXELS),

@@ -55,8 +55,6 @@ both_priors = pytest.mark.parametrize("kind", [FactorizedPrior, ContextPrior])
 both_tables = pytest.mark.parametrize("tables", [PLAIN, CONTEXT], ids=["plain", "context"])
 
 # Part I: the prior and its tables -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("width", [0.02, 1.0, 2.5, 30.0])
 @pytest.mark.parametrize("mu", [0.0, 0.3, -7.5])
 def test_likelihood_is_the_closed_form(width, mu):
@@ -72,18 +70,10 @@ def test_likelihood_is_the_closed_form(width, mu):
     assert found.sum() == pytest.approx(1, abs=1e-12)
 
 
-def test_a_width_beyond_the_limits_can_come_back():
-    """Clamped widths keep a hundredth of their gradient; inside the limits it is 1.01."""
-    octaves = torch.tensor([-100.0, 0.0, 100.0], requires_grad=True)
-    entropy.limited(octaves).sum().backward()
-    assert octaves.grad.tolist() == pytest.approx([0.01, 1.01, 0.01])
-
-
 @both_priors
 def test_frozen_tables_say_what_the_prior_says(kind):
-    """Every table runs from 0 to 2^24 without a flat step, so every symbol has a code; coding a
-    prior's own symbols with it costs less than 0.02 % more bits. Weights that do not fit into their
-    integers are cut, they do not wrap around."""
+    """Every table runs from 0 to 2^24 without a flat step, so every symbol has a code; coding with
+    it costs less than 0.02 % more bits. Weights that do not fit into their integers are cut."""
     prior, k = random_prior(kind, context=100.0), torch.arange(-1023.0, 1024, dtype=torch.float64)
     tables = prior.freeze(STEPS)
     for t, (low, size, start) in enumerate(zip(tables.low, tables.size, tables.start)):
@@ -105,34 +95,24 @@ DAMAGE = [
     ("integers of the right size", {"cdf": C.cdf.astype(np.float32)}),
     ("tables have the wrong shape", {"size": C.size[:1]}),
     ("not hold the symbol 0", {"low": C.low + 20}),
-    ("not hold the symbol 0", {"size": C.size * 0 + 1}),        # but an escape
     ("holds too many", {"low": C.low - 2000, "size": C.size + 2000}),
-    ("side by side", {"start": C.start + 1}),
     ("side by side", {"cdf": np.append(C.cdf, C.cdf[:3])}),
     ("from 0 to 16777216", {"cdf": C.cdf + (C.cdf == 0).astype(np.int32)}),
-    ("from 0 to 16777216", {"cdf": C.cdf - (C.cdf == TOTAL).astype(np.int32)}),
     ("increasing", {"cdf": np.where(C.cdf == COUNT, C.cdf[2], C.cdf)}),
-    ("increasing", {"cdf": np.where(C.cdf == COUNT, np.int32(-7), C.cdf)}),
     ("no tables for", {"octaves": C.octaves + np.int32(10 * OCTAVE)}),
-    ("no tables for", {"octaves": C.octaves - np.int32(10 * OCTAVE)}),
     ("no tables for", {"octaves": C.octaves[:0]}),
     ("context model has the wrong shape", {"near": C.near[:, :1]}),
-    ("less than nothing", {"near": C.near * 0 - 1}),
-    ("less than nothing", {"across": C.across - 1}),
     ("less than nothing", {"window": C.window - 1})]
 
 
 @pytest.mark.parametrize("message, changed", DAMAGE)
 def test_damaged_tables_are_refused(message, changed):
-    """A table that is no staircase from 0 to 2^24 would decode wrongly without a word, so
-    validate() names the fault."""
+    """A table that is no staircase from 0 to 2^24 would decode wrongly: validate() refuses it."""
     with pytest.raises(ValueError, match=message):
         replace(CONTEXT, **changed).validate()
 
 
 # Part I: the range coder --------------------------------------------------------------------------
-
-
 def table(*counts):
     """Counts to the cumulative list that the coder uses; the last entry gets the rest of 2^24."""
     return [0, *np.cumsum(counts).tolist(), TOTAL]
@@ -151,9 +131,8 @@ def code(cdf, symbols, coder=None):
     (table(TOTAL // 2, TOTAL // 4, TOTAL // 8), True),          # powers of 1/2: nothing is rounded
     (table(3, 9_000_000, 5_592_405, 1, 1234), False)])
 def test_coding_is_narrowing_an_interval(cdf, exact):
-    """The 64-bit coder with its carries equals exact rational arithmetic on a number of any length.
-    Rounding costs less than 2^-32 of the interval per symbol, and the message is the shortest
-    number in it."""
+    """The 64-bit coder equals exact rational arithmetic on a number of any length. Rounding costs
+    less than 2^-32 of the interval per symbol, and the message is the shortest number in it."""
     rng = np.random.default_rng(2)
     for length in range(0, 120, 7):
         symbols = rng.integers(0, len(cdf) - 1, length).tolist()
@@ -173,38 +152,24 @@ def test_coding_is_narrowing_an_interval(cdf, exact):
 
 
 def test_a_carry_runs_through_bytes_already_sent():
-    """Symbols whose interval straddles 1/2 send 7f ff ff ... until the last one decides, and the
-    carry makes it 80 00 00 ..."""
-    class Watched(RangeEncoder):
-        runs = []
-
-        def _carry(self):                                       # over how many bytes of 255
-            self.runs.append(len(self.out) - len(self.out.rstrip(b"\xff")))
-            super()._carry()
-    cdf = table(5592405, 5592406)
+    """An interval around 1/2 has sent 7f ff ff ... when a carry makes that 80 00 00 ..."""
+    cdf, ran = table(5592405, 5592406), []
     for length in range(1, 200, 7):
         symbols = RangeDecoder(b"\x80" + bytes(50)).decode([cdf] * length)          # exactly 1/2
-        for last in range(3):
-            code(cdf, symbols + [last] * 50, Watched())         # 50: not at the end, while coding
-    assert max(Watched.runs) > 30
-
-
-def streams():
-    """Pairs of a table and symbols: empty, of one symbol, skewed, long, random."""
-    skewed, mixed = table(1, TOTAL - 2), [1] * 50_000
-    mixed[777], mixed[25_000], mixed[25_001], mixed[-1] = 0, 2, 0, 2
-    yield from [(skewed, []), (skewed, [1] * 200_000), (skewed, mixed), (skewed, [0, 2] * 500)]
-    yield from [(table(1, 255, 2 ** 16, 2 ** 23), [s]) for s in range(5)]
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        cdf = table(*(1 + rng.dirichlet(np.full(20, 0.1)) * (TOTAL - 100)).astype(int))
-        yield cdf, rng.choice(len(cdf) - 1, size=10_000, p=np.diff(cdf) / TOTAL).tolist()
+        below, above = (code(cdf, symbols + [last] * 50) for last in (0, 2))
+        ran.append(below[:30] == b"\x7f" + b"\xff" * 29 and above[:30] == b"\x80" + bytes(29))
+    assert any(ran)
 
 
 def test_length_is_the_entropy():
     """A stream takes at most one byte more than the sum of -log2 p: 200,000 symbols of probability
     1 - 2^-23 one byte, one of 2^-24 three bytes, none no byte."""
-    for cdf, symbols in streams():
+    skewed, mixed, rng = table(1, TOTAL - 2), [1] * 50_000, np.random.default_rng(0)
+    mixed[777], mixed[25_000], mixed[25_001], mixed[-1] = 0, 2, 0, 2
+    other = table(*(1 + rng.dirichlet(np.full(20, 0.1)) * (TOTAL - 100)).astype(int))
+    drawn = rng.choice(len(other) - 1, size=10_000, p=np.diff(other) / TOTAL).tolist()
+    for cdf, symbols in ((skewed, []), (skewed, [1] * 200_000), (skewed, mixed), (other, drawn),
+                         *((table(1, 255, 2 ** 16, 2 ** 23), [s]) for s in range(5))):
         coder = RangeEncoder()
         ideal = sum(PRECISION - math.log2(cdf[s + 1] - cdf[s]) for s in symbols)
         assert 8 * len(code(cdf, symbols, coder)) <= (ideal + 8 if symbols else 0)
@@ -212,8 +177,6 @@ def test_length_is_the_entropy():
 
 
 # Whole latents ------------------------------------------------------------------------------------
-
-
 def round_trip(k, tables, q):
     """(bits of the file, estimated bits) of a latent, which comes back."""
     data, estimated = entropy.encode(k, tables, q)
@@ -226,8 +189,7 @@ def round_trip(k, tables, q):
                                       (0, (320, 1, 1))])        # the smallest picture there is
 def test_real_bytes_are_as_few_as_estimated(kind, q, shape):
     """What training minimises is the file's size: it lies within 0.2 % + 2 bytes of the tables'
-    cross-entropy, and that within 1 % of the prior's own, in floating point. (Widths are rounded to
-    quarters of an octave, mu to eighths.)"""
+    cross-entropy, and that within 1 % of the prior's, though widths and mu are rounded there."""
     prior, k = random_prior(kind, 0.3, shape[0]), some_latent(q, shape)
     real, estimated = round_trip(k, prior.freeze(STEPS), q)
     assert estimated > 100 and abs(real - estimated) <= 0.002 * estimated + 16
@@ -246,40 +208,7 @@ def test_rare_values_escape(tables):
         assert real <= estimated + 16
 
 
-@both_tables
-def test_bytes_that_no_encoder_wrote(tables):
-    """The decoder never runs away: any bytes decode to symbols of the right shape, or raise
-    ValueError."""
-    rng, refused = np.random.default_rng(3), 0
-    for data in (b"", b"\xff" * 100, *(rng.bytes(int(n)) for n in rng.integers(0, 60, 200))):
-        try:
-            assert entropy.decode(data, tables, len(data) % 2, (2, 4, 5)).shape == (2, 4, 5)
-        except ValueError as error:
-            refused += "damaged" in str(error) or "too early" in str(error)
-    assert 0 < refused < 202
-    cdf = table(5592405, 5592406)
-    with pytest.raises(ValueError, match="too early"):          # a picture's symbols from no bytes
-        RangeDecoder(b"").decode([cdf] * 10_000)
-    with pytest.raises(ValueError, match="damaged"):            # beyond the last interval
-        RangeDecoder(b"\xff" * 100).decode([cdf] * 100)
-
-
 # Part II: the context -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("h, w", [(1, 1), (1, 13), (9, 1), (16, 24), (19, 30)])
-def test_every_cell_is_coded_once_after_its_neighbours(h, w):
-    """From coarse to fine each cell comes once, and all that it looks at came in earlier passes."""
-    seen = set()
-    for number, (cells, around, share) in enumerate(entropy.coarse_to_fine(h, w)):
-        assert not seen & set(cells.tolist()) and set(around.ravel().tolist()) <= seen | {h * w}
-        there = (around < h * w).sum(axis=0)
-        assert (there > 0).all() or number == 0                 # only the first see nothing
-        assert (share * np.maximum(there, 1) == 12).all()
-        seen |= set(cells.tolist())
-    assert seen == set(range(h * w))
-
-
 @pytest.mark.parametrize("m, cell, neighbours", [(0, 50, 4), (2, 0, 0), (2, 60, 4), (3, 98, 2)])
 def test_the_context_is_known_to_the_decoder(m, cell, neighbours):
     """No symbol depends on itself or on any that comes later. It sees the 3x3 cells around its own
@@ -298,9 +227,8 @@ def test_the_context_is_known_to_the_decoder(m, cell, neighbours):
 
 
 def test_the_integer_walk_follows_the_prior():
-    """Symbol by symbol, the table that is used has the prior's own mu within half an eighth, and
-    its width within half a quarter of an octave; also where sizes weigh as much as 7. That takes
-    logarithms of integers, to the nearest integer."""
+    """Symbol by symbol, the table that is used has the prior's own mu within half an eighth, its
+    width within half a quarter of an octave. That takes logarithms of integers, rounded right."""
     n = np.unique(np.round(np.logspace(0, 61, 20_000, base=2)).astype(np.int64))
     assert np.abs(entropy.octaves_of(n) - OCTAVE * np.log2(n)).max() < 0.501
     prior, k, told = random_prior(ContextPrior, 0.3), some_latent(1), []
@@ -323,8 +251,8 @@ def test_the_integer_walk_follows_the_prior():
     ("shift", np.s_[:, 0], 1), ("near", np.s_[:, 2:], 1),
     *((name, np.s_[2:, 1:], 1 / torch.arange(1, 5)[:, None]) for name in ("across", "window"))])
 def test_context_saves_bits(name, told, mean):
-    """Neighbours tell a smooth channel's mean, and where they are large, or the channels before,
-    so is a symbol: each kind of weight saves more than a tenth."""
+    """Neighbours tell a smooth channel's mean, and like the channels before how large a symbol is:
+    each kind of weight saves more than a tenth."""
     rng, size = np.random.default_rng(0), np.where(np.arange(30) < 15, 0.1, 8.0)
     smooth = 40 * np.sin(np.add.outer(np.arange(20), np.arange(30)) / 9)
     k = np.round([smooth, *size * rng.standard_normal((5, 20, 30))]).astype(np.int64)
@@ -356,28 +284,23 @@ def test_the_context_is_exact(octaves, sign):
 
 
 def test_maps_round_trip_and_smooth_ones_are_cheap():
-    """The HFD+ map is coded from neighbour to neighbour: any comes back, and one that hardly varies
-    costs less than two bits a value."""
-    rng, smooth = np.random.default_rng(0), np.add.outer(np.arange(12), np.arange(16)) // 8
-    for values in (smooth, *(rng.integers(0, 8, s) for s in ((1, 1), (1, 9), (7, 1), (12, 16)))):
+    """The HFD+ map comes back; if it hardly varies, it costs less than two bits a value."""
+    smooth = np.add.outer(np.arange(12), np.arange(16)) // 8
+    for values in (smooth, np.random.default_rng(0).integers(0, 8, (12, 16)), smooth[:1, :1]):
         data = entropy.encode_map(values, 8)
         assert (entropy.decode_map(data, 8, values.shape) == values).all()
-        assert entropy.decode_map(rng.bytes(200), 8, values.shape).shape == values.shape
-    assert 8 * len(entropy.encode_map(smooth, 8)) < 1.8 * smooth.size < 8 * len(data)
+    assert 8 * len(entropy.encode_map(smooth, 8)) < 1.8 * smooth.size
 
 
-RECORDED = [
-    (PLAIN, 0, "4d810ea35bfd540608c1d1f0c4fa86", 1960058544),
-    (CONTEXT, 0, "19c5eb22b9b8774c152040a7a5d993c8fe1407973067f7340901a7f05d", 2942079291),
-    (CONTEXT, 1, "1acdb0c74e804432ab8480426444d1c6cecd5235ee99a7e0f1da3b0440", 2959868042)]
-
-
-def test_the_format_does_not_drift(double_precision):
+def test_the_format_does_not_drift():
     """Bytes recorded when the format's version was fixed: if this fails, old files no longer
-    decode, so raise the version. They come from integers alone, whatever precision floats have."""
+    decode, so raise the version. They come from integers alone."""
     small = np.array([[[0, 1, -1, 0], [5, 0, 0, -300]], [[0, 0, 0, 0], [0, 0, 0, 1]]])
     large = (np.arange(680) * 7919 % 23 // 5 - 2).reshape(2, 17, 20)                # all passes
-    for tables, q, text, checksum in RECORDED:
+    for tables, q, text, checksum in (
+            (PLAIN, 0, "4d810ea35bfd540608c1d1f0c4fa86", 1960058544),
+            (CONTEXT, 0, "19c5eb22b9b8774c152040a7a5d993c8fe1407973067f7340901a7f05d", 2942079291),
+            (CONTEXT, 1, "1acdb0c74e804432ab8480426444d1c6cecd5235ee99a7e0f1da3b0440", 2959868042)):
         round_trip(large, tables, q)
         assert entropy.encode(small, tables, q)[0].hex() == text
         assert zlib.crc32(entropy.encode(large, tables, q)[0]) == checksum

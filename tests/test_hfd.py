@@ -1,21 +1,13 @@
 """Autoencoder, noise, denoisers, samplers: what must be true of them before any training."""
-import json
 import math
-import os
-import shutil
-import sys
-import zipfile
 
-import numpy as np
 import pytest
 import torch
-from conftest import memory_within
+from conftest import refusal
 
 import entropy
 import hfd
 import sample
-
-CASES = int(os.environ.get("HOSTILE", 150))                     # damaged archives of each kind
 
 
 def perturbed(network):
@@ -40,15 +32,11 @@ def small_denoiser(kind="plus", widths=(4, 8), blocks=(1, 1), **settings):
 @pytest.fixture
 def denoiser(monkeypatch):
     """A small denoiser, which computes in float64."""
-    def never(device):
-        return False
-    monkeypatch.setattr(hfd, "fast_bf16", never)
+    monkeypatch.setattr(hfd, "fast_bf16", lambda device: False)
     return perturbed(small_denoiser())
 
 
 # The autoencoder ----------------------------------------------------------------------------------
-
-
 def test_bases_are_orthonormal():
     """The functions that the linear path starts from are orthonormal, and orthogonal to their
     neighbours', which overlap them by half. The denoiser's planes are orthonormal, too."""
@@ -87,9 +75,8 @@ def test_gradients_reach_everything(build, settings):
 
 
 def test_steps_feel_rate_and_distortion():
-    """The rate wants a step wider, the error wants it narrower. The error is that of the picture
-    that a file would give, and rounding, which has no gradient, does not keep its from the
-    encoder."""
+    """The rate wants a step wider, the error wants it narrower: the error of the picture that a
+    file would give. Rounding, which has no gradient, does not keep it from the encoder."""
     model, x, q = small_autoencoder(), torch.rand(4, 3, 64, 64) - 0.5, torch.zeros(4).long()
     model.prior.fit_scale(model.analysis(x, q))
     model(x, q)["bpp"].mean().backward()
@@ -104,19 +91,15 @@ def test_steps_feel_rate_and_distortion():
     assert model.analysis.linear[-1].weight.grad.any()
 
 
-@pytest.mark.parametrize("value, count, refusal", [
-    (math.nan, 1, hfd.HFDError), (1e12, 1, hfd.HFDError), (0, 2, ValueError)])
-def test_what_no_file_can_hold_is_refused(value, count, refusal):
-    """Not a number, a huge one, or a second picture: none is lost without a word."""
+@pytest.mark.parametrize("value", [math.nan, 1e12])
+def test_a_ruined_model_makes_no_files(value):
+    """Weights that training blew up make latents that no file can hold, and the encoder says so."""
     model = small_autoencoder().requires_grad_(False)
     model.analysis.linear[-1].bias[3] = value
-    with pytest.raises(refusal, match="no file can hold|one picture"):
-        model.encode(torch.zeros(count, 3, 32, 32), 0)
+    assert "training has failed" in refusal(model.encode, torch.zeros(1, 3, 32, 32), 0)
 
 
 # Noise, and samplers on data whose best denoiser is known -----------------------------------------
-
-
 @pytest.mark.parametrize("eta", [0.1, 0.5, 1.0])
 def test_schedule(eta):
     """log SNR falls from 15 to -15. eta = 1 is the cosine schedule, alpha = cos(pi t / 2); another
@@ -137,10 +120,7 @@ def test_velocity_identities():
     is standard normal. The times of a batch are spread evenly."""
     model, x = small_denoiser("plain"), torch.rand(8, 3, 32, 32)
     log_snr, z, v = model.diffuse(x)
-
-    def knows(*given):
-        return v
-    model.velocity = knows
+    model.velocity = lambda *given: v
     assert torch.allclose(model.predict_x(z, log_snr, None), x, atol=1e-5)
     alpha, sigma = hfd.alpha_sigma(log_snr[:, None, None, None])
     eps = sigma * z + alpha * v
@@ -164,21 +144,16 @@ def test_ancestral_step_is_the_posterior():
     assert torch.allclose(z, mean + eps * precision.rsqrt())
 
 
-def sampled(sampler, steps, eta, schedule=hfd.log_snr_at, count=30_000):
-    """`count` numbers, sampled with the best denoiser for x ~ N(0.3, 0.1^2), in closed form."""
+def sampled(sampler, steps, eta, schedule=hfd.log_snr_at):
+    """Many numbers, sampled with the best denoiser for x ~ N(0.3, 0.1^2), in closed form."""
     generator = torch.Generator().manual_seed(1)
 
     def predict_x(z, log_snr):
         alpha, sigma = hfd.alpha_sigma(log_snr)
         gain = alpha * 0.1 ** 2 / (alpha ** 2 * 0.1 ** 2 + sigma ** 2)
         return 0.3 + gain * (z - alpha * 0.3)
-
-    def noise():
-        return torch.randn(count, generator=generator, dtype=torch.float64)
-
-    def shifted(t):
-        return schedule(t, eta)
-    return hfd.sample(predict_x, steps, hfd.SAMPLERS[sampler](), shifted, noise)
+    return hfd.sample(predict_x, steps, hfd.SAMPLERS[sampler](), lambda t: schedule(t, eta),
+                      lambda: torch.randn(30_000, generator=generator, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("schedule", [hfd.log_snr_at, hfd.flow_log_snr_at])
@@ -193,25 +168,14 @@ def test_samplers_on_gaussian_data(sampler, eta, tolerance, schedule):
 
 
 def test_what_brings_samples_nearer():
-    """For a residual of 0.1, eta = 0.1 beats 0.02 and the paper's 0.5 in eight steps; and eight
-    steps of second order beat twenty of DDIM."""
+    """For a residual of 0.1, eta = 0.1 beats 0.02 and 0.5; second order beats DDIM's 20 steps."""
     def error(*how):
         return abs(sampled(*how).std().item() / 0.1 - 1)
     assert error("ddim", 8, 0.1) < min(error("ddim", 8, 0.02), error("ddim", 8, 0.5) / 2, 0.16)
     assert error("dpm", 8, 0.1) < error("ddim", 20, 0.1)
 
 
-@pytest.mark.parametrize("steps, eta", [(1000, 0.05), (6, 5e-4), (6, 1000)])
-def test_steps_where_the_schedule_is_clamped(steps, eta):
-    """With very many steps, or an extreme eta, log SNR stands still in some of them: nothing moves
-    there, and nothing is divided by it."""
-    x = sampled("dpm", steps, eta, count=1000)
-    assert x.isfinite().all() and x.mean().item() == pytest.approx(0.3, abs=0.02)
-
-
 # Extensions: closed form, HFD+, rectified flow ----------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["preconditioned", "plus"])
 def test_closed_form_start(kind):
     """Before training the denoiser is the best one for x ~ N(x_hat, s^2), the posterior mean; and
@@ -230,13 +194,10 @@ def test_closed_form_start(kind):
 
 
 def test_hfd_plus():
-    """The map says in powers of two how much stronger than usual a block's residual is. The
-    network sees it, and whether there is one; in training half of the pictures have one."""
+    """The map says in powers of two how much stronger than usual a block's residual is. The network
+    sees it, and whether there is one: half of the pictures in training have. Others ignore it."""
     model, seen = small_denoiser(), []
-
-    def look(net, inputs):
-        seen.append(inputs[0][:, 24:])
-    model.net.register_forward_pre_hook(look)
+    model.net.register_forward_pre_hook(lambda net, given: seen.append(given[0][:, 24:]))
     x, x_hat, q = torch.zeros(1, 3, 64, 96), torch.zeros(1, 3, 64, 96), torch.tensor([0])
     x[..., :32, :32], x[..., 32:, :32] = 0.2, 0.1               # usual is 0.1
     energy = hfd.residual_energy(x, x_hat, model.residual_std[q], 32)
@@ -251,22 +212,15 @@ def test_hfd_plus():
     there = seen[3][:, 1, 0, 0]
     assert (seen[3] == torch.stack([there / 2, there], dim=1)[:, :, None, None]).all()
     assert 25 < there.sum() < 75
-
-
-@pytest.mark.parametrize("kind", ["plain", "preconditioned"])
-def test_a_denoiser_without_the_map_ignores_it(kind):
-    """A file's map is advice: whoever cannot use it samples all the same."""
-    model, x_hat = perturbed(small_denoiser(kind)).float(), torch.zeros(1, 3, 32, 32)
-    x, same = (hfd.sample_picture(model, x_hat, 2, energy, steps=2)
-               for energy in (None, torch.zeros(1, 1, 2, 2)))
-    assert torch.equal(x, same)
+    plain, x_hat = perturbed(small_denoiser("plain")).float(), torch.zeros(1, 3, 64, 96)
+    told, untold = (hfd.sample_picture(plain, x_hat, 2, map_, steps=2) for map_ in (energy, None))
+    assert torch.equal(told, untold)
 
 
 @pytest.mark.parametrize("eta", [0.1, 0.5, 1.0])
 def test_rectified_flow_is_a_schedule(eta):
-    """Its line (1 - t') x + t' eps is z times a constant, straight in t' = t for eta = 1, and in
-    t' = eta t / (1 - t + eta t) for others; an error in eps - x is alpha + sigma times that in v;
-    and Euler's step along the line is DDIM's."""
+    """Its line (1 - t') x + t' eps, t' = eta t / (1 - t + eta t), is z times a constant; an error
+    in eps - x is alpha + sigma times that in v; Euler's step along the line is DDIM's."""
     x, eps, error = torch.randn(3, 1000, dtype=torch.float64)
     (t, log_snr_t), (s, log_snr_s) = ((eta * t / (1 - t + eta * t), hfd.flow_log_snr_at(t, eta))
                                       for t in torch.tensor([0.7, 0.4], dtype=torch.float64))
@@ -286,8 +240,6 @@ def test_rectified_flow_is_a_schedule(eta):
 
 
 # Pictures of any size -----------------------------------------------------------------------------
-
-
 def receptive_radius(denoiser, side=416):
     """How far a cell of the denoised picture sees: where its gradient by z is not 0."""
     z = torch.randn(1, 3, 16, side, dtype=torch.float64, requires_grad=True)
@@ -322,9 +274,8 @@ def test_autoencoder_in_tiles_is_exact():
 
 @pytest.mark.parametrize("sampler", hfd.SAMPLERS)
 def test_patchwise_sampling_is_whole_image_sampling(denoiser, sampler):
-    """With the receptive field as context, patches of any size give what sampling all at once
-    gives, to 1e-5, for the network's output is float32; with no context they do not. Noise depends
-    on the seed alone."""
+    """With the receptive field as context, patches give what sampling all at once gives, to 1e-5
+    (float32 lies between); with no context they do not. Noise depends on the seed alone."""
     x_hat, energy = torch.rand(1, 3, 64, 80).double() * 2 - 1, torch.arange(20.0).view(1, 1, 4, 5)
     exact = receptive_radius(denoiser)
 
@@ -335,18 +286,6 @@ def test_patchwise_sampling_is_whole_image_sampling(denoiser, sampler):
     assert torch.allclose(run(16), whole, atol=1e-5) and torch.allclose(run(48), whole, atol=1e-5)
     assert not torch.allclose(run(16, context=0), whole, atol=1e-3)
     assert torch.equal(run(80), whole) and not torch.equal(run(80, seed=6), whole)
-
-
-@pytest.mark.parametrize("objective, usual", [("v", "dpm"), ("flow", "ddim")])
-def test_the_usual_sampler_and_noise(denoiser, objective, usual):
-    """A flow takes Euler's steps unless told otherwise, others the solver of second order; and the
-    noise is in proportion to what is missing at that level."""
-    x_hat, denoiser.config.objective = torch.zeros(1, 3, 32, 32).double(), objective
-    denoiser.residual_std[2] = 0.2
-    told = {"sampler": usual, "eta": 0.2 * hfd.RELATIVE_ETA}
-    x, same = (hfd.sample_picture(denoiser, x_hat, 2, steps=4, **how) for how in ({}, told))
-    other = hfd.sample_picture(denoiser, x_hat, 2, steps=4, sampler="ddpm")
-    assert torch.allclose(x, same, atol=1e-6) and not torch.allclose(x, other, atol=1e-3)
 
 
 def test_groups_take_turns(denoiser, monkeypatch):
@@ -370,12 +309,10 @@ def test_groups_take_turns(denoiser, monkeypatch):
 
 
 # A model's folder ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prior", entropy.PRIORS)
-def test_a_model_is_read_as_it_was_written(prior, tmp_path):
-    """Matrices travel in half precision, all else as it is, the tables whole; and the identity
-    changes with any weight."""
+def test_a_model_is_read_as_it_was_written(prior, tmp_path, request):
+    """Matrices travel in half precision, all else as it is, the tables whole. The identity changes
+    with any weight, but not with torch's default precision."""
     autoencoder = perturbed(small_autoencoder(prior=prior)).float()
     hfd.save_part(tmp_path / "autoencoder.npz", autoencoder, {"steps": 7})
     model, frozen = hfd.load_model(tmp_path), autoencoder.prior.freeze(autoencoder.log_step.exp())
@@ -384,101 +321,9 @@ def test_a_model_is_read_as_it_was_written(prior, tmp_path):
         assert torch.equal(model.autoencoder.state_dict()[name], expected)
     assert all((a == vars(model.tables)[name]).all() for name, a in vars(frozen).items())
     assert model.recipes == {"autoencoder": {"steps": 7}} and model.diffusion is None
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
+    assert hfd.load_model(tmp_path).identity == model.identity
     autoencoder.offset[0, 0] += 1e-3
     hfd.save_part(tmp_path / "autoencoder.npz", autoencoder, {})
     assert hfd.load_model(tmp_path).identity != model.identity
-
-
-def test_identity_is_the_same_everywhere(model, tiny_model, double_precision):
-    """The identity names weights and tables, whatever torch's default precision is."""
-    assert hfd.load_model(tiny_model).identity == model.identity
-
-
-@pytest.fixture
-def folder(tiny_model, tmp_path):
-    """A copy of the tiny model, to be spoiled."""
-    return shutil.copytree(tiny_model, tmp_path / "model")
-
-
-def refusal(folder):
-    """The one line in which load_model refuses a folder, before much memory is taken."""
-    with memory_within(100), pytest.raises(hfd.HFDError) as caught:
-        hfd.load_model(folder)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
-class Trap:
-    """Unpickled, it ends the program; it might as well delete a folder."""
-
-    def __reduce__(self):
-        return sys.exit, ("sprung",)
-
-
-HUGE = 10 ** 400
-FORGED = {
-    "autoencoder settings": [
-        ("latents", HUGE), ("latents", 24.5), ("latents", -24), ("latents", 23), ("unknown", 1),
-        ("widths", [8, 8, 8]), ("widths", [[8], 8, 8, 8]), ("widths", 8), ("widths", [1024] * 4),
-        ("blocks", [0, 0, 0, -1]), ("blocks", [HUGE] * 4), ("prior", "factorized"), ("prior", {}),
-        ("lambdas", []), ("lambdas", ["a"] * 3), ("lambdas", [math.nan] * 3), ("lambdas", [HUGE])],
-    "denoiser settings": [
-        ("levels", 4), ("levels", HUGE), ("widths", []), ("widths", [8, 2000]), ("eta", math.nan),
-        ("eta", "1"), ("kind", "plain"), ("objective", "none")],
-    "autoencoder text": [("format", "hfd 0"), ("config", None)],
-    "denoiser text": [("autoencoder", "00000000"), ("config", [1, 2])],
-    "autoencoder arrays": [
-        ("json", np.frombuffer(b"[" * 100_000, np.uint8)), ("json", np.array("[]")), ("json", None),
-        ("weights.log_step", np.zeros((3, 23))), ("weights.log_step", np.full((3, 24), "a")),
-        ("weights.log_step", np.full((3, 24), Trap(), object)), ("weights.log_step", None),
-        ("weights.more", np.zeros(3)), ("tables.more", np.zeros(3)), ("tables.low", None),
-        ("tables.near", None), ("tables.cdf", np.zeros(5, np.int32)),
-        ("tables.octaves", np.zeros((1, 24), np.int32))]}
-
-
-@pytest.mark.parametrize("kind, name, value", [(kind, *f) for kind in FORGED for f in FORGED[kind]])
-def test_forged_archives_are_refused(folder, kind, name, value):
-    """Numbers that cannot be meant, texts without end, objects that would run, parts that are
-    missing (None) or do not fit: a model is refused when it is loaded, not when it is used."""
-    part, where = kind.split()
-    path = folder / f"{part}.npz"
-    about, arrays = hfd.read_archive(path)
-    {"settings": about["config"], "text": about, "arrays": arrays}[where][name] = value
-    arrays = {"json": np.frombuffer(json.dumps(about).encode(), np.uint8)} | arrays
-    np.savez(path, **{name: a for name, a in arrays.items() if a is not None})
-    assert str(path) in refusal(folder)
-
-
-def test_what_is_no_archive_is_refused(folder):
-    """A text, a compressed bomb, a header that claims a terabyte, nothing at all: one line each."""
-    path = folder / "autoencoder.npz"
-    path.write_text("a text")
-    assert str(path) in refusal(folder)
-    np.savez_compressed(path, json=np.zeros(2 * 10 ** 8, np.uint8))
-    assert path.stat().st_size < 10 ** 6 and str(path) in refusal(folder)
-    with zipfile.ZipFile(path, "w") as archive, archive.open("json.npy", "w") as f:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (10 ** 12,)}
-        np.lib.format.write_array_header_1_0(f, header)
-    assert str(path) in refusal(folder)
-    path.unlink()
-    assert "no such file" in refusal(folder)
-
-
-@pytest.mark.parametrize("name", ["autoencoder.npz", "denoiser.npz"])
-def test_damaged_archives_are_refused(folder, name):
-    """Cut off, overwritten or with any bit flipped, an archive is refused, or says exactly what it
-    said. (HOSTILE=10000 in the environment tries so many.)"""
-    path, rng, refused = folder / name, np.random.default_rng(0), 0
-    (about, arrays), original = hfd.read_archive(path), path.read_bytes()
-    for case in range(CASES):
-        at = int(rng.integers(len(original)))
-        flipped = bytes([original[at] ^ 1 << int(rng.integers(8))]) + original[at + 1:]
-        path.write_bytes(original[:at] + (flipped, rng.bytes(8) + original[at + 8:], b"")[case % 3])
-        try:
-            told, found = hfd.read_archive(path)
-            assert told == about and list(found) == list(arrays)
-            assert all(np.array_equal(a, arrays[of]) for of, a in found.items())
-        except hfd.HFDError as error:
-            assert name in str(error) and len(str(error).splitlines()) == 1
-            refused += 1
-    assert refused > 0.9 * CASES
