@@ -326,3 +326,12 @@ def test_outputs_go_where_they_are_meant_to(desk, data, tiny_model):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "No space left" in refusal(hfd.write_atomically, "taken.hfd", fail)
     assert contents(desk) == before
+
+
+def test_a_demo_needs_stage_2(tiny_model, tmp_path):
+    """Without a denoiser the demo says so before it writes, and names what works without one."""
+    (tmp_path / "model").mkdir()
+    shutil.copy(os.path.join(tiny_model, "autoencoder.npz"), tmp_path / "model")
+    words = ["demo", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "demo")]
+    assert "decompress with --rho 0" in refusal(sample.main, words)
+    assert not (tmp_path / "demo").exists()
