@@ -91,6 +91,7 @@ class ResidualBlock(nn.Module):
         self.gain = nn.Parameter(torch.ones(levels, width))
 
     def forward(self, x, q):
+        """x: (B, C, h, w); q: (B,) levels. Returns the shape of x."""
         gain = self.gain[q][:, :, None, None].to(x.dtype)                           # (B, C, 1, 1)
         return x + self.conv2(F.relu(self.conv1(F.relu(x)) * gain))                 # (B, C, h, w)
 
@@ -252,6 +253,7 @@ class ChannelNorm(nn.Module):
         self.kind = kind
 
     def forward(self, x):
+        """Returns the shape of x, each pixel with mean 0 and variance 1."""
         if self.kind == "rms":          # of a denoiser from before: its mean stays (RMSNorm)
             return x * (x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt().to(x.dtype)
         return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
@@ -270,6 +272,7 @@ class UNetBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)                   # it starts as the identity, nearly
 
     def forward(self, x, c):
+        """Returns the shape of x."""
         scale, shift = self.film(c)[:, :, None, None].chunk(2, dim=1)            # (B, C, 1, 1) each
         h = self.conv1(F.silu(self.norm(x)))                                        # (B, C, h, w)
         h = torch.addcmul(shift, self.norm(h), 1 + scale)                           # (B, C, h, w)
@@ -289,6 +292,7 @@ class UNet(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
         def stack(width, count):
+            """`count` blocks in a row."""
             return nn.ModuleList(UNetBlock(width, C, config.norm) for _ in range(count))
         self.stem = nn.Conv2d(inputs, widths[0], 3, padding=1)
         self.down = nn.ModuleList(map(stack, widths, config.blocks))
@@ -632,12 +636,15 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
     eta = eta or RELATIVE_ETA * diffusion.residual_std[q].square().mean().sqrt().item()
 
     def noise():
+        """A fresh standard normal tensor (1, 3, H, W)."""
         return torch.randn(x_hat.shape, generator=generator, dtype=x_hat.dtype).to(device)
 
     def predict_x(z, log_snr):
+        """E[x | z_t, given] of the whole canvas (1, 3, H, W), or of a group and what is known."""
         now = log_snr.to(device, x_hat.dtype)[None]                                 # (1,)
 
         def denoise(z, *given):
+            """The same of one window (1, 3, ., .)."""
             with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
                 return diffusion.predict_x(z, now, level, *given)                   # (1, 3, ., .)
         if known is not None:
@@ -656,6 +663,7 @@ def sample_in_groups(diffusion, x_hat, q, seed=0, **settings):
     known = x_hat
     for n, turn in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):
         def group(row, column):
+            """Whether the patch at this place has its turn."""
             return (row % 2, column % 2) == turn
         known = sample_picture(diffusion, x_hat, q, seed=4 * seed + n, group=group, known=known,
                                **settings)

@@ -299,6 +299,7 @@ def progress(steps):
     begin = time.time()
 
     def show(step):
+        """Overwrite the line with the state after this step."""
         left = (time.time() - begin) / step * (steps - step)
         end = "\n" if step == steps else ""
         print(f"\rsampling step {step:.0f}/{steps}, {left:.0f} s left ", end=end, file=sys.stderr,
@@ -374,6 +375,7 @@ def largest_within(size, image, kind="jpeg", **options):
     """(bytes, quality) of the best JPEG, or what Pillow calls `kind`, of at most `size` bytes, or
     of the smallest there is."""
     def encode(quality):
+        """The bytes of the file at that quality."""
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=quality, **options)
         return buffer.getvalue()

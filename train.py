@@ -402,6 +402,7 @@ def train_autoencoder(args, device, known):
     groups = [{"params": ps, "peak": args.lr * scale} for scale, ps in groups.items() if ps]
 
     def batch_loss(step, size, batch):
+        """The mean objective over random crops, each at a random level."""
         x = photos.crops(batch, size)                                           # (B, 3, size, size)
         q = torch.randint(len(config.lambdas), (batch,)).to(device)                 # (B,) levels
         return {name: value.mean() for name, value in model(x, q).items()}
@@ -463,6 +464,7 @@ def train_diffusion(args, device, known):
         return *(torch.cat(each) for each in zip(*made)), q
 
     def batch_loss(step, size, batch):
+        """The mean objective over pairs drawn from the pool."""
         given = pool(step // POOL, size, batch)
         run.seed(step)                                      # again, if this step made the pool
         chosen = torch.randperm(POOL // 4 * batch)[:batch].to(device)               # (B,)

@@ -220,6 +220,7 @@ class Run:
         of these and of `bpp`, `psnr` in dB, `mse` on the scale 0..255, `colour` (how far the mean
         colour is off the original's in the worst channel), and metrics.realism if it can."""
         def compute():
+            """All pictures, coded and scored."""
             rows = {}
             for i, image in enumerate(self.images):
                 data, variants = code(i, image)
@@ -262,6 +263,7 @@ class Run:
     def drawn(self, key, level, draw):
         """{variant: score} of draw(i, x_hat) -> {variant: x (1, 3, H', W')}, the point `key`."""
         def code(i, image):
+            """Picture i's file, and its sample."""
             data, x_hat = self.coded(level, i)
             shown, seconds = self.timed(draw, i, x_hat)
             return data, {variant: (sample.to_image(x, *image.size), {"diffusion": seconds})

@@ -12,6 +12,7 @@ from figures import codecs, common
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("comparison", __doc__, argv, scored=False, level=2)
     image, numbers = run.images[0], {}
     data, _ = run.coded(run.args.level, 0)

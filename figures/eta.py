@@ -14,6 +14,7 @@ ETAS = (0.025, 0.05, 0.1, 0.2, 0.5, 1.0)        # at 0 there is nothing to sampl
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("eta", __doc__, argv, levels=[1, 4], others=[])
     nets, rows, first = {"this model": run.model.diffusion}, [], run.numbers[0]
     nets |= {Path(folder).name: run.other(folder).diffusion for folder in run.args.others}

@@ -30,6 +30,7 @@ def texture(image):
 def decoder(run):
     """Exercises 1 to 4 and 7: what the decoder can be asked to do with one file."""
     def psnr(picture):
+        """Of a decoded picture, in dB, against the portrait."""
         return f"{sample.psnr(run.images[0], picture):.2f} dB"
     whole = np.asarray(decoded(run, patch=640, context=0), float)
     for context in (0, 32, 128):
@@ -84,6 +85,7 @@ def coder(run, ks):
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("exercises", __doc__, argv, scored=False)
     if run.args.quick:
         run.images = [common.around_centre(run.images[0], 128)]

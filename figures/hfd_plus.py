@@ -9,12 +9,14 @@ from figures import common
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("hfd_plus", __doc__, argv, levels=[1, 2, 3])
     blocks, rows = (64,) if run.args.quick else (16, 32, 64, 128), []
 
     def measured(level, block):
         """The score of files with a map in blocks of that side; 0 for none."""
         def code(i, image):
+            """Picture i's file with a map, and its sample."""
             data, _ = sample.compress(image, run.model, level, run.args.seed + i, block)
             decoded, report = sample.decompress(data, run.model, run.names[i])
             return data, {"HFD": (decoded, report["seconds"])}

@@ -10,6 +10,7 @@ from hfd import HFDError
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("learning", __doc__, argv, levels=[1, 4], others=[])
     nets, found = {}, {level: {} for level in run.args.levels}
     for folder in [run.args.model, *run.args.others]:

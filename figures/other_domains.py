@@ -46,6 +46,7 @@ def curves(run, image):
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("other_domains", __doc__, argv, scored=False, level=2)
     summary, columns = {}, {}
     for name, image in domains().items():

@@ -45,10 +45,12 @@ def memory(run, megapixels):
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("patches", __doc__, argv, scored=False, level=1, megapixels=[1, 4, 12, 24, 50])
     _, x_hat = run.coded(run.args.level, 0)
 
     def draw(context, sample_picture=hfd.sample_picture, patch=PATCH):
+        """One sample, in patches with that context."""
         return sample_picture(run.model.diffusion, x_hat, run.args.level - 1, patch=patch,
                               context=context, seed=run.args.seed)
     whole = draw(0, patch=max(x_hat.shape))
@@ -61,6 +63,7 @@ def main(argv=None):
         points = {}
         for context in contexts[::3] if run.args.quick else contexts:
             def compute():
+                """How far the sample is off the whole picture's, and how it jumps at borders."""
                 x = draw(context, sample_picture)
                 error = (x - whole).abs().amax(dim=1)[0].cpu() * 127.5              # (H, W)
                 return {"worst": round(float(error.max()), 4), "jump": round(jump(x), 4),

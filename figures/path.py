@@ -14,6 +14,7 @@ STEPS = ("hfd.Analysis,\nround", "entropy.encode\n(range coder)", "entropy.decod
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("path", __doc__, argv, scored=False, level=1)
     image = run.images[0].crop(DETAIL)
     run.images = [image]

@@ -18,6 +18,7 @@ FACTORIZED = "factorized prior"
 def ours(run, model, level, variants):
     """As Run.measure needs it. variants: {name: rho}."""
     def code(i, image):
+        """Picture i's file, and what is decoded with each rho."""
         data, report = sample.compress(image, model, level, run.args.seed + i)
         shown = {}
         for name, rho in variants.items():
@@ -30,6 +31,7 @@ def ours(run, model, level, variants):
 def theirs(run, name, setting):
     """As Run.measure needs it, of one of codecs.CODECS."""
     def code(i, image):
+        """Picture i's file in that codec, and what it decodes to."""
         data, encoding = run.timed(codecs.encode, name, image, setting)
         decoded, decoding = run.timed(codecs.decode, data)
         return data, {name: (decoded, {"encoder": encoding, "decoder": decoding})}
@@ -47,6 +49,7 @@ def measure(run):
                            "make it by train.py autoencoder --init MODEL --prior factorized")
 
     def add(setting, key, code):
+        """Measure one setting, and add it to its curves."""
         for name, score in run.measure(key, code).items():
             curves.setdefault(name, {})[setting] = score
     for name, (_, settings) in codecs.CODECS.items():
@@ -98,6 +101,7 @@ def report(run, curves):
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("rate_distortion", __doc__, argv, stage1=True, factorized=None)
     curves = measure(run)
     summary = report(run, curves)

@@ -17,6 +17,7 @@ RHO = [n / 10 for n in range(11)]
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("realism", __doc__, argv, levels=[1, 4])
     draws, summary = (1, 2) if run.args.quick else (1, 2, 4, 8), {}
     figure, panels = common.axes(len(run.numbers) + 1, width=3.9)

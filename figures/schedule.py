@@ -21,6 +21,7 @@ def at(t, eta):
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("schedule", __doc__, argv, scored=False, stage1=True)
     figure, panels = common.axes(3, rows=2, width=3.6, height=2.2)
     t, times = np.linspace(0.002, 0.998, 499), (0.25, 0.5, 0.75)

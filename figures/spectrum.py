@@ -59,6 +59,7 @@ def spectra(run, level):
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("spectrum", __doc__, argv, levels=[1, 4])
     frequency, summary = (np.arange(BINS) + 0.5) / (2 * BINS), {}
     figure, panels = common.axes(len(run.args.levels))

@@ -34,6 +34,7 @@ def parts_of_a_step(bench, run, batch_loss):
     device, crop, batch = run.device, run.args.crop, run.args.batch
 
     def compute(step):
+        """The two passes of one step."""
         with torch.autocast(device.type, torch.bfloat16, enabled=hfd.fast_bf16(device)):
             loss = batch_loss(step, crop, batch)["loss"]
         loss.backward()

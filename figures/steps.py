@@ -11,6 +11,7 @@ ENOUGH = 32     # for dpm, which solves the same equation as DDIM and arrives wi
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("steps", __doc__, argv, levels=[1, 4], most=250, flow=None)
     steps = [n for n in STEPS if n <= run.args.most][::4 if run.args.quick else 1]
     nets, curves, summary = {name: (name, None) for name in hfd.SAMPLERS}, {}, {}

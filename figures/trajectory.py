@@ -18,6 +18,7 @@ def recorded(diffusion, x_hat, q, seed):
     level, frames = torch.tensor([q], device=x_hat.device), []
 
     def predict_x(z, log_snr):
+        """The denoiser, which keeps what it sees and says."""
         x = diffusion.predict_x(z, log_snr.to(z)[None], level, x_hat)
         frames.append((float(log_snr), z.clone(), x))
         return x
@@ -27,6 +28,7 @@ def recorded(diffusion, x_hat, q, seed):
 
 
 def main(argv=None):
+    """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("trajectory", __doc__, argv, scored=False, level=1)
     image = run.images[0].crop(DETAIL)
     run.images = [image]
