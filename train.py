@@ -153,8 +153,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}                                   # those of one shape are done at once
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.mul_(0.95).add_(p.grad)
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
                 ahead = p.grad + 0.95 * momentum                                    # Nesterov's
                 by_shape.setdefault(p.shape, []).append((p, ahead.flatten(1)))
             for pairs in by_shape.values():

@@ -108,7 +108,8 @@ class Run:
         add("--seed", type=sample.seed_number, default=0, help="seed of everything random")
         add("--device", default="auto", help="cuda, mps, cpu or auto")
         if scored:
-            add("--images", metavar="DIR", help="folder of pictures; else portrait and leaves")
+            add("--images", metavar="DIR", help="folder of pictures, hidden and linked ones left "
+                "out; without it: the portrait and dead leaves")
             add("--middle", type=int, metavar="SIDE", help="only a square in the middle of each")
         for flag, default in flags.items():
             add(f"--{flag}", default=default, **FLAGS[flag])
