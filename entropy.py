@@ -65,13 +65,12 @@ class FactorizedPrior(nn.Module):
 
     def likelihood(self, u, width):
         """P(symbol in [u - 1/2, u + 1/2]) at this width > 0, in [0, 1]. Shapes broadcast."""
-        # Far to the right both sigmoids are 1 - tiny, and their difference is rounding noise. As
-        # sigmoid(a) - sigmoid(b) = sigmoid(-b) - sigmoid(-a), flip signs so that both are small.
-        p = 0.0
+        # Far to the right both sigmoids are 1 - tiny, and their difference is rounding noise. Far
+        # to the left both are small. The shape is symmetric: so look at the mirror image there.
+        u, p = -u.abs(), 0.0
         for w, s in zip(self.logits.softmax(0), self.log_widths.exp()):
             upper, lower = (u + 0.5) / (s * width), (u - 0.5) / (s * width)
-            flip = torch.where(upper + lower > 0, -1.0, 1.0)
-            p = p + w * (flip * (torch.sigmoid(flip * upper) - torch.sigmoid(flip * lower)))
+            p = p + w * (torch.sigmoid(upper) - torch.sigmoid(lower))
         return p
 
     def usual_octaves(self, step, q):
@@ -87,7 +86,7 @@ class FactorizedPrior(nn.Module):
         k: what a context is taken from, as u (in training one is noisy and the other rounded, see
         hfd.Autoencoder.forward); step: (B, M, 1, 1); q: (B,)."""
         mu, width = self.where(k, step, q)
-        return -torch.log2(self.likelihood(u - mu, width) + 2.0 ** -30)     # or escapes: section 2
+        return -torch.log2(self.likelihood(u - mu, width) + 2.0 ** -30)     # a stray's: it escapes
 
     @torch.no_grad()
     def freeze(self, steps):
@@ -170,6 +169,7 @@ class Tables:
         if cdf[start].any() or (cdf[start + size] != TOTAL).any() or counts.min() <= 0:
             raise ValueError(f"a probability table is not increasing from 0 to {TOTAL}")
         clipped = np.clip(self.octaves, OCTAVE * LIMITS[0], OCTAVE * LIMITS[1])
+        # (Fewer than 2^14 channels in all: so sums in Part II are exact in float64.)
         if not 0 < self.octaves.size < 1 << 14 or (clipped != self.octaves).any():
             raise ValueError("the prior has widths that there are no tables for")
         return self
@@ -224,7 +224,7 @@ class RangeEncoder:
             low += unit * start
             range_ = unit * freq
             while range_ < BOTTOM:
-                self.digits.append(low >> 56)               # here a byte of the file is written
+                self.digits.append(low >> 56)               # up to 511: a byte, and maybe a carry
                 low = (low & (BOTTOM - 1)) << 8
                 range_ <<= 8
         self.low, self.range = low, range_
@@ -233,9 +233,8 @@ class RangeEncoder:
     def finish(self):
         """The bytes of the message. The decoder reads up to 8 zeros past the end, so take the
         number in the interval that ends in the most zeros, and do not write them."""
-        for kept in range(0, 72, 8):
-            unit = 1 << (64 - kept)
-            value = -(-self.low // unit) * unit             # the first multiple of unit >= low
+        for zeros in range(64, -1, -8):
+            value = -(-self.low >> zeros) << zeros          # the first >= low with so many zeros
             if value < self.low + self.range:
                 break
         bytes_, carries = bytes(d & 255 for d in self.digits), bytes(d >> 8 for d in self.digits)
@@ -284,11 +283,10 @@ def encode(k, tables, q):
         index, escape = values - tables.low[which], tables.size[which] - 1          # (n,) each
         outside = (index < 0) | (index >= escape)                                   # (n,)
         entry = tables.start[which] + np.where(outside, escape, index)              # (n,)
-        start = tables.cdf[entry]                                                   # (n,)
-        coder.encode(start.tolist(), (tables.cdf[entry + 1] - start).tolist())
-        for value in values[outside].tolist():              # in full: too rare for bytes to matter
-            four = value.to_bytes(4, "big", signed=True)
-            coder.encode([BYTE[byte] for byte in four], [BYTE[1]] * 4)
+        below = tables.cdf[entry]                                                   # (n,)
+        coder.encode(below.tolist(), (tables.cdf[entry + 1] - below).tolist())
+        escaped = values[outside].astype(">i4").tobytes()   # in full: too rare for bytes to matter
+        coder.encode([BYTE[byte] for byte in escaped], [BYTE[1]] * len(escaped))
         return values
     tables.walk(np.array(k, np.int64), q, write)
     return coder.finish(), coder.bits
@@ -328,38 +326,41 @@ def decode(data, tables, q, shape):
 # square of these, between four corners; then the middle of every side, between four again. Now it
 # is one in four, and so on. Half of all cells come last, between four.
 
-REACH = 8                                       # cells between those that come first
-PASSES = 1 + 2 * (REACH.bit_length() - 1)
+REACH, GAPS = 8, (4, 2, 1)                      # cells between those that come first, and later
+PASSES = 1 + 2 * len(GAPS)
 CORNERS = np.array([(-1, -1, 1, 1), (-1, 1, -1, 1)])[..., None]                     # (2, 4, 1)
 SIDES = np.array([(-1, 1, 0, 0), (0, 0, -1, 1)])[..., None]                         # (2, 4, 1)
 
 
-def neighbours(h, w):
-    """For the cells of an (h, w) channel, row by row: (turn, around, share). turn: (h*w,) in which
-    pass; around: (4, h*w) the numbers of the nearest cells known by then, h*w in place of one
-    beyond the border, and of all in the first pass; share: (h*w,) 12 / (how many there are)."""
-    i, j = np.divmod(np.arange(h * w), w)                                           # (h*w,) each
-    apart = np.gcd(np.gcd(i, j), REACH)                     # (h*w,) of the coarsest grid it lies on
-    middle = (i & j & apart > 0) & (apart < REACH)          # (h*w,) of a square, not of a side
-    turn = 2 * np.log2(REACH / apart).round().astype(np.int64) - middle             # (h*w,)
-    di, dj = REACH + apart * np.where(middle, CORNERS, SIDES)                       # (4, h*w) each
-    number = np.pad(np.arange(h * w).reshape(h, w), REACH, constant_values=h * w)
-    around = np.where(turn > 0, number[i + di, j + dj], h * w)                      # (4, h*w)
-    return turn, around, 12 // np.maximum((around < h * w).sum(0), 1)
-
-
 @functools.lru_cache(8)
 def coarse_to_fine(h, w):
-    """The same pass by pass: PASSES times (numbers of cells (n,), around (4, n), share (n,))."""
-    turn, around, share = neighbours(h, w)
-    passes = [np.flatnonzero(turn == n) for n in range(PASSES)]
-    return [(cells, around[:, cells], share[cells]) for cells in passes]
+    """The PASSES passes over an (h, w) channel, whose cells are numbered row by row: a list of
+    (cells, around, share). cells: (n,) the numbers of those that are coded in this pass; around:
+    (4, n) of the neighbours known by then, h*w in place of one beyond the border, and of all in the
+    first pass; share: (n,) 12 / (how many there are): means of 1 to 4 are whole in twelfths."""
+    i, j = np.divmod(np.arange(h * w), w)                                           # (h*w,) each
+    number = np.pad(np.arange(h * w).reshape(h, w), REACH, constant_values=h * w)
+    first = np.flatnonzero((i % REACH == 0) & (j % REACH == 0))                     # (n,)
+    passes = [(first, np.full((4, len(first)), h * w), np.full(len(first), 12))]
+    for gap in GAPS:
+        grid = (i % gap == 0) & (j % gap == 0)              # (h*w,) what is known after these two
+        down, right = i % (2 * gap) > 0, j % (2 * gap) > 0  # (h*w,) between lines of what is known
+        for chosen, towards in ((down & right, CORNERS), (down != right, SIDES)):
+            cells = np.flatnonzero(grid & chosen)                                   # (n,)
+            di, dj = REACH + gap * towards                                          # (4, 1) each
+            around = number[i[cells] + di, j[cells] + dj]                           # (4, n)
+            passes.append((cells, around, 12 // np.maximum((around < h * w).sum(0), 1)))
+    return passes
 
 
 @functools.lru_cache(8)
 def neighbours_on(h, w, device):
-    """The same for training, uploaded once."""
-    return [torch.from_numpy(a).to(device) for a in neighbours(h, w)]
+    """The same for training, where all passes are one: (turn, around, share) of each cell, (h*w,),
+    (4, h*w) and (h*w,), uploaded once. turn: in which pass it is coded."""
+    passes = coarse_to_fine(h, w)
+    turn = np.repeat(range(PASSES), [len(cells) for cells, _, _ in passes])         # (h*w,)
+    cells, around, share = (np.concatenate(a, axis=-1) for a in zip(*passes))       # of `passes`
+    return [torch.from_numpy(a[..., cells.argsort()]).to(device) for a in (turn, around, share)]
 
 
 class ContextPrior(FactorizedPrior):
@@ -404,15 +405,16 @@ class ContextPrior(FactorizedPrior):
 # 5. The same walk in exact integers ---------------------------------------------------------------
 
 SHIFTS = 8                  # mu is rounded to eighths: so many tables per width
-WIDTH = 1 << 12             # a size of 1, a whole width, in integers
+SIZE = 1 << 12              # a size of 1, a whole width, in integers
 LARGEST = 1 << 12           # larger sizes count as this
 WEIGHT = 1 << 12            # a size's weight of 1; they have 16 bits, so they are below 8
 UNIT = 1 << 14              # a mean's weight of 1; they lie between -2 and 2
 
 # Logarithms without a floating-point library: POWERS[i] is 2^((i - 1/2) / OCTAVE), rounded down. In
 # the topmost octave these are 128th roots, seven square roots in a row; below, halves of those.
-_topmost = [functools.reduce(lambda x, _: math.isqrt(x), range(7), 1 << 128 * 61 + 2 * i - 1)
-            for i in range(OCTAVE)]
+_topmost = [1 << 128 * 61 + 2 * i - 1 for i in range(OCTAVE)]
+for _ in range(7):
+    _topmost = [math.isqrt(power) for power in _topmost]
 POWERS = np.array([power >> 61 - octave for octave in range(62) for power in _topmost])
 
 
@@ -440,7 +442,7 @@ class ContextTables(Tables):
         if [a.shape for a in list(vars(self).values())[5:]] != [(PASSES, M)] * 3 + [(M, M)] * 2:
             raise ValueError("the context model has the wrong shape")
         # So no sum leaves 64 bits. In each pass a symbol is at most twice its neighbours' mean and
-        # 2^31 more, so below 2^39 after seven; its size, in 1 / WIDTH of the narrowest width, is
+        # 2^31 more, so below 2^39 after seven; its size, in 1 / SIZE of the narrowest width, is
         # below 2^57, its share of mu below 2^61, a weighted sum of 9 M sizes <= LARGEST below 2^57.
         if min(a.min() for a in (self.near, self.across, self.window)) < 0:
             raise ValueError("the context model weighs sizes with less than nothing")
@@ -450,12 +452,12 @@ class ContextTables(Tables):
         """As Tables.walk: channel by channel, and within each from coarse to fine."""
         M, h, w = k.shape
         octaves = self.octaves[q]                                                   # (M,)
-        one_in_widths = WIDTH * POWERS[20 * OCTAVE - octaves] >> 20                # (M,) 2^-octaves
+        one_in_widths = SIZE * POWERS[20 * OCTAVE - octaves] >> 20                # (M,) 2^-octaves
         # Float64 has the fast matrix products. These are exact, whatever the order: all sums are
         # integers below M * 2^15 * 2^24 < 2^53.
         weights = np.stack([self.across, self.window], axis=1).astype(np.float64)   # (M, 2, M)
         known = np.empty((M, h * w))                        # sizes in the channels before
-        one = WEIGHT * WIDTH                                # a size of 1 with a weight of 1
+        one = WEIGHT * SIZE                                # a size of 1 with a weight of 1
         for m in range(M):
             here, about = (weights[m, :, :m] @ known[:m]).astype(np.int64)          # (h*w,) each
             about = np.pad(about.reshape(h, w), 1)                                  # (h+2, w+2)
@@ -474,7 +476,7 @@ class ContextTables(Tables):
                 which = table_of(octave) * SHIFTS + number                          # (n,)
                 values[cells] = part + visit(which, values[cells] - part)
                 size = np.abs(values[cells]) * one_in_widths[m]                     # (n,)
-                sizes[cells] = np.minimum(size, WIDTH * LARGEST)
+                sizes[cells] = np.minimum(size, SIZE * LARGEST)
             k[m], known[m] = values[:-1].reshape(h, w), sizes[:-1]
 
 
@@ -505,13 +507,3 @@ class MapTables(Tables):
             for j in range(len(row)):
                 row[j:j + 1] = before = visit(np.array(before), row[j:j + 1])
             above = row[:1]
-
-
-def encode_map(values, levels):
-    """The bytes of a small array (h, w) of integers 0 .. levels - 1."""
-    return encode(np.asarray(values)[None], MapTables(levels), 0)[0]
-
-
-def decode_map(data, levels, shape):
-    """The inverse of `encode_map`: bytes to an int64 array (h, w). ValueError on damage."""
-    return decode(data, MapTables(levels), 0, (1, *shape))[0]

@@ -52,7 +52,7 @@ class AutoencoderConfig:
     prior: str = "context"
 
 
-# A rotation of (R, G, B): grey, red - blue, magenta - green. Nearly all energy is in the first.
+# Orthonormal axes of (R, G, B): grey, red - blue, magenta - green. Most energy is in the first.
 COLOUR = F.normalize(torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64))
 
 
@@ -99,7 +99,8 @@ class ResidualBlock(nn.Module):
 class Transform(nn.Module):
     """A linear path plus a deep one. The linear one is a convolution that starts as a transform
     codec; the deep one, after ELIC (He et al. 2022), starts at zero. Its strides are
-    `PixelUnshuffle`, 2x2 pixels to four times the channels: nothing runs at full resolution."""
+    `PixelUnshuffle`, 2x2 pixels to four times the channels: nothing runs at full resolution. A
+    subclass sets `linear` and `deep`."""
 
     def forward(self, x, q):
         """x: (B, C, ., .), as both paths take it; q: (B,). Returns float32."""
@@ -198,7 +199,7 @@ class Autoencoder(nn.Module):
         bpp = bits / (x.shape[2] * x.shape[3])                                      # (B,) rate
         x_hat = self.synthesis(self.dequantize(rounded, q), q)                      # (B, 3, H, W)
         mse = (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2                 # (B,) error
-        # The sum is ten times larger at the last level than at the first: make them count alike.
+        # The sum grows with lambda: make all levels count alike.
         weight = (self.lambdas.mean() / lambdas).sqrt()                             # (B,)
         return {"loss": weight * (bpp + lambdas * mse), "bpp": bpp, "mse": mse}
 
@@ -218,7 +219,7 @@ class Autoencoder(nn.Module):
         """Latent k (1, M, h, w) at level q, an int, to x_hat (1, 3, 16 h, 16 w) in [-1, 1]."""
         level = torch.tensor([q], device=k.device)
         x_hat = torch.empty(1, 3, CELL * k.shape[2], CELL * k.shape[3], device=k.device)
-        apply_tiled(lambda k: self.synthesis(self.dequantize(k, level), level), [k], x_hat)
+        apply_tiled(lambda part: self.synthesis(self.dequantize(part, level), level), [k], x_hat)
         return x_hat.clamp_(-1, 1)
 
 
@@ -239,7 +240,8 @@ def log_snr_at(t, eta):
     eta = 1 is the cosine schedule (Nichol & Dhariwal 2021, without their offset). The paper takes
     eta = 0.5, *less* noise: x_hat tells the structure, and little hides the fine detail that is
     left to decide. (Text to image shifts the other way.) t: tensor in [0, 1]. Returns its shape."""
-    # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2): both positive up to the ends.
+    # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2), which is not negative at t = 1,
+    # as the cosine is in floating point.
     noise, signal = torch.sin(math.pi / 2 * t), torch.sin(math.pi / 2 * (1 - t))
     return (-2 * torch.log(eta * noise / signal)).clamp(-15, 15)
 
@@ -248,14 +250,8 @@ class ChannelNorm(nn.Module):
     """Layer normalisation (Ba et al. 2016) over the channels of each pixel of x (B, C, h, w). Group
     norm, the usual choice, averages over all pixels: no patch could be computed by itself."""
 
-    def __init__(self, kind):
-        super().__init__()
-        self.kind = kind
-
     def forward(self, x):
         """Returns the shape of x, each pixel with mean 0 and variance 1."""
-        if self.kind == "rms":          # of a denoiser from before: its mean stays (RMSNorm)
-            return x * (x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt().to(x.dtype)
         return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
 
 
@@ -263,9 +259,9 @@ class UNetBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, for x (B, C, h, w). In between, c (B, features), which
     tells noise and level, sets a scale and a shift per channel (FiLM, Perez et al. 2018)."""
 
-    def __init__(self, width, features, norm):
+    def __init__(self, width, features):
         super().__init__()
-        self.norm = ChannelNorm(norm)
+        self.norm = ChannelNorm()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.film = nn.Linear(features, 2 * width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
@@ -290,19 +286,16 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(64, C), nn.SiLU(), nn.Linear(C, C))
         frequencies = torch.logspace(-1.5, 0.5, 32, device="cpu")                   # slow to fast
         self.register_buffer("frequencies", frequencies, persistent=False)
-
-        def stack(width, count):
-            """`count` blocks in a row."""
-            return nn.ModuleList(UNetBlock(width, C, config.norm) for _ in range(count))
         self.stem = nn.Conv2d(inputs, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(map(stack, widths, config.blocks))
-        self.up = nn.ModuleList(map(stack, widths, config.blocks))
-        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        self.down, self.up, self.shrink, self.grow = (nn.ModuleList() for _ in range(4))
+        for way in self.down, self.up:
+            for width, count in zip(widths, config.blocks):
+                way.append(nn.ModuleList(UNetBlock(width, C) for _ in range(count)))
         for a, b in zip(widths, widths[1:]):
             self.shrink.append(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1)))
             self.grow.append(nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)))
         head = zeroed(nn.Conv2d(widths[0], outputs, 3, padding=1))
-        self.head = nn.Sequential(ChannelNorm(config.norm), head)
+        self.head = nn.Sequential(ChannelNorm(), head)
 
     def forward(self, x, log_snr, q):
         """x: (B, inputs, h, w); log_snr, q: (B,). Returns (B, outputs, h, w), float32."""
@@ -336,7 +329,6 @@ class DiffusionConfig:
     eta: float = 0.1
     kind: str = "plus"
     objective: str = "v"
-    norm: str = "layer"
 
 
 class Diffusion(nn.Module):
@@ -350,15 +342,17 @@ class Diffusion(nn.Module):
     the reverse: each explodes at one end of time. With v neither does."""
     inputs, outputs = 24, 12          # planes of the U-Net: 2x2 pixels of three colours make twelve
 
-    def __init__(self, config=None):
+    def __init__(self, config):
         super().__init__()
-        self.config = config = config or DiffusionConfig(kind="plain")
+        self.config = config
         self.net = UNet(self.inputs, self.outputs, config)
-        # The rms of x - x_hat in each plane at each level, (Q, 12): measured when training starts.
+        # The rms of x - x_hat in each plane (see to_planes) at each level, (Q, 12): measured when
+        # training starts. The plain loss does without.
         self.register_buffer("residual_std", torch.full((config.levels, 12), 0.1))
 
     def schedule(self, t, eta=None):
-        """log_snr at times t, a tensor in [0, 1]. eta: None for that of training."""
+        """log_snr at times t, a tensor in [0, 1]. eta: None for that of training. But the network
+        is told log_snr, not t: it can be sampled under any eta."""
         return SCHEDULES[self.config.objective](t, eta or self.config.eta)
 
     def velocity(self, z, log_snr, q, x_hat):
@@ -406,7 +400,7 @@ def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
 
 
 @torch.no_grad()
-def sample(predict_x, steps, step, schedule, noise, on_step=lambda step: None):
+def sample_loop(predict_x, steps, step, schedule, noise, on_step=lambda done: None):
     """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
 
     predict_x(z, log_snr): the denoiser, log_snr a float64 scalar tensor; step: ddpm_step or another
@@ -470,8 +464,8 @@ class Preconditioned(Diffusion):
         # In truth s is large in grass, next to nothing in the sky. Were it known for each pixel,
         # E[v | z] would still be linear in d, with another slope. So the network gives two numbers
         # for each: a gain that corrects the slope, and a shift for what a slope cannot say.
-        given = torch.cat([whitened, x_hat, *hints], dim=1)                  # (B, inputs, H/2, W/2)
-        gain, shift = self.net(given, log_snr, q).chunk(2, dim=1)                # (B, 12, H/2, W/2)
+        planes = torch.cat([whitened, x_hat, *hints], dim=1)                 # (B, inputs, H/2, W/2)
+        gain, shift = self.net(planes, log_snr, q).chunk(2, dim=1)               # (B, 12, H/2, W/2)
         return from_planes(mean + s / S.sqrt() * (gain * whitened + shift))         # (B, 3, H, W)
 
     def forward(self, x, x_hat, q, *given):
@@ -487,6 +481,7 @@ class Preconditioned(Diffusion):
 # Extension 2: HFD+, a little side information (this map and its code are ours) --------------------
 
 ENERGY_LEVELS = 8   # of the map: powers of two of the residual's expected energy, from 2^-4 to 2^3
+MAP_TABLES = entropy.MapTables(ENERGY_LEVELS)
 
 
 def residual_energy(x, x_hat, std, block):
@@ -551,13 +546,13 @@ class DPMStep:
     middle of this step, in log_snr: second order, at the price of remembering one picture."""
 
     def __init__(self):
-        self.x_before = self.log_snr_before = None
+        self.x_before, self.log_snr_before = None, math.inf
 
     def __call__(self, z, x, log_snr_t, log_snr_s, noise=None):
         """As ddpm_step."""
         target = x
-        # (Where the schedule is clamped, nothing has moved.) The target may overwrite x_before.
-        if self.x_before is not None and log_snr_t > self.log_snr_before:
+        # (At first, and where log_snr is clamped, nothing moved.) target may overwrite x_before.
+        if log_snr_t > self.log_snr_before:
             ratio = (log_snr_s - log_snr_t) / (log_snr_t - self.log_snr_before)
             target = torch.lerp(x, self.x_before, float(-ratio / 2), out=self.x_before)
         z, self.log_snr_before = ddim_step(z, target, log_snr_t, log_snr_s), log_snr_t
@@ -573,7 +568,7 @@ SAMPLERS = {"ddpm": lambda: ddpm_step, "ddim": lambda: ddim_step, "dpm": DPMStep
 
 # Pictures of any size, patch by patch -------------------------------------------------------------
 
-def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=None):
+def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
     """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
 
     Our networks are convolutions, without attention or normalisation over space: an output pixel
@@ -582,7 +577,7 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=None):
 
     inputs, out: (1, C, h, w), each at its own resolution, one at the picture's, whose sides are
     multiples of CELL; out is written to. tile, context: pixels, rounded up to cells, as strides
-    need it; 160 do for the autoencoder. chosen(row, column): whether to visit a tile."""
+    need it; 160 do for the autoencoder. group: None, or (row % 2, column % 2) of those to visit."""
     if any(len(t) != 1 for t in (*inputs, out)):
         raise ValueError("one picture at a time: tensors of shape (1, C, H, W)")
     tile, context = math.ceil(tile / CELL), math.ceil(context / CELL)               # in cells now
@@ -590,15 +585,14 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, chosen=None):
 
     def cut(t, n, top, bottom, left, right):                # a view; cells have n samples a side
         return t[..., top * n:bottom * n, left * n:right * n]
-    for row, column in product(range(math.ceil(rows / tile)), range(math.ceil(cols / tile))):
-        if chosen and not chosen(row, column):
+    for top, left in product(range(0, rows, tile), range(0, cols, tile)):
+        if group and (top // tile % 2, left // tile % 2) != group:
             continue
-        top, left = row * tile, column * tile
-        y, x = max(top - context, 0), max(left - context, 0)                        # the window's
-        window = y, top + tile + context, x, left + tile + context
+        above, before = min(context, top), min(context, left)       # what the window has around it
+        window = top - above, top + tile + context, left - before, left + tile + context
         result = f(*(cut(t, t.shape[2] // rows, *window) for t in inputs))
         n = out.shape[2] // rows
-        inner = cut(result, n, top - y, top - y + tile, left - x, left - x + tile)
+        inner = cut(result, n, above, above + tile, before, before + tile)
         cut(out, n, top, top + tile, left, left + tile).copy_(inner)
 
 
@@ -617,7 +611,7 @@ def fast_bf16(device):
 
 
 def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, seed=0, eta=None,
-                   patch=PATCH, context=CONTEXT, on_step=lambda step: None, group=None, known=None):
+                   patch=PATCH, context=CONTEXT, on_step=lambda done: None, group=None, known=None):
     """Sample a picture of any size, patch by patch, given x_hat (1, 3, H, W), sides multiples of
     16. Returns (1, 3, H, W) in [-1, 1].
 
@@ -630,7 +624,8 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
     CPU; eta: None for RELATIVE_ETA times the residual's standard deviation; group, known: for
     sample_in_groups."""
     device, generator = x_hat.device, torch.Generator().manual_seed(seed)
-    level, canvas = torch.tensor([q], device=device), torch.empty_like(x_hat)       # (1, 3, H, W)
+    level = torch.tensor([q], device=device)                                        # (1,)
+    canvas = (x_hat if known is None else known).clone()                            # (1, 3, H, W)
     given = [x_hat, energy] if energy is not None and diffusion.config.kind == "plus" else [x_hat]
     sampler = sampler or ("ddim" if diffusion.config.objective == "flow" else "dpm")
     eta = eta or RELATIVE_ETA * diffusion.residual_std[q].square().mean().sqrt().item()
@@ -642,17 +637,13 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
     def predict_x(z, log_snr):
         """E[x | z_t, given] of the whole canvas (1, 3, H, W), or of a group and what is known."""
         now = log_snr.to(device, x_hat.dtype)[None]                                 # (1,)
-
-        def denoise(z, *given):
-            """The same of one window (1, 3, ., .)."""
-            with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
-                return diffusion.predict_x(z, now, level, *given)                   # (1, 3, ., .)
-        if known is not None:
-            canvas.copy_(known)
-        apply_tiled(denoise, [z, *given], canvas, patch, context, group)
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+            apply_tiled(lambda z, *given: diffusion.predict_x(z, now, level, *given),
+                        [z, *given], canvas, patch, context, group)
         return canvas
     schedule = functools.partial(diffusion.schedule, eta=eta)
-    return sample(predict_x, steps, SAMPLERS[sampler](), schedule, noise, on_step).clamp_(-1, 1)
+    x = sample_loop(predict_x, steps, SAMPLERS[sampler](), schedule, noise, on_step)
+    return x.clamp_(-1, 1)                                                          # (1, 3, H, W)
 
 
 def sample_in_groups(diffusion, x_hat, q, seed=0, **settings):
@@ -661,10 +652,7 @@ def sample_in_groups(diffusion, x_hat, q, seed=0, **settings):
     denoiser's x is replaced by what earlier groups made, or by x_hat, so that z_t there has the
     right noise level. An approximation: early groups cannot know what late ones will do."""
     known = x_hat
-    for n, turn in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):
-        def group(row, column):
-            """Whether the patch at this place has its turn."""
-            return (row % 2, column % 2) == turn
+    for n, group in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):        # (row, column) modulo 2
         known = sample_picture(diffusion, x_hat, q, seed=4 * seed + n, group=group, known=known,
                                **settings)
     return known

@@ -13,7 +13,7 @@ big-endian:
            4     quality level, 1 .. Q
            5     HFD+: side of the map's blocks in pixels as a power of two (4 .. 7), 0 for no map
            6-9   width, height in pixels, 16 bits each
-          10-12  the picture's mean colour, R, G, B: coarse steps round a faint tint away
+          10-12  the picture's mean colour, R, G, B: coarse quantization would lose a faint tint
           13-16  seed of the sampler's noise
           17-20  identity of the autoencoder (hfd.Model)
           21-24  CRC-32 of everything else
@@ -23,10 +23,13 @@ The identity names the autoencoder only: the diffusion model adds no bits, and m
 """
 import argparse
 import bisect
+import importlib.util
 import io
+import itertools
 import json
 import math
 import os
+import re
 import struct
 import sys
 import time
@@ -61,8 +64,9 @@ def compress(image, model, quality, seed=0, block=0):
     The report holds `estimated` (cross-entropy), `payload` and `file` in bits per pixel, and
     `seconds` of each part."""
     levels, q = len(model.autoencoder.lambdas), quality - 1
-    if image.mode != "RGB":
-        raise HFDError(f"a picture of mode {image.mode}; open_picture makes RGB of any")
+    if image.mode != "RGB" or max(image.size) > 65535 or image.width * image.height > MAX_PIXELS:
+        raise HFDError(f"a picture of mode {image.mode}, {image.width}x{image.height} pixels; it "
+                       f"must be RGB, as open_picture makes it, and of {MAX_PIXELS} at most")
     if not 1 <= quality <= levels or block not in (0, *BLOCKS):
         raise HFDError(f"quality must lie between 1 and {levels}, an HFD+ block be in {BLOCKS}")
     if block and need_diffusion(model).config.kind != "plus":
@@ -76,41 +80,41 @@ def compress(image, model, quality, seed=0, block=0):
     if block:
         x_hat, std = reconstruct(k, header, model), model.diffusion.residual_std[q:quality]
         energy = hfd.residual_energy(x, x_hat, std, block)                          # (1, 1, ., .)
-        side = entropy.encode_map(energy[0, 0].int().cpu(), hfd.ENERGY_LEVELS)
+        side, _ = entropy.encode(energy[0].cpu().numpy(), hfd.MAP_TABLES, 0)
         side = struct.pack(">I", len(side)) + side
     times.append(clock(model.device))
-    latent, bits = entropy.encode(k[0].cpu().numpy(), model.tables, q)
+    latent, ideal = entropy.encode(k[0].cpu().numpy(), model.tables, q)
     times.append(clock(model.device))
     head, payload = HEADER.pack(*header.values()), side + latent
     data = head + struct.pack(">I", zlib.crc32(head + payload)) + payload
-    bits = {"estimated": bits + 8 * len(side), "payload": 8 * len(payload), "file": 8 * len(data)}
-    report = {part: n / (image.width * image.height) for part, n in bits.items()}
+    sizes = {"estimated": ideal + 8 * len(side), "payload": 8 * len(payload), "file": 8 * len(data)}
+    report = {part: bits / (image.width * image.height) for part, bits in sizes.items()}
     seconds = dict(zip(("encoder", "range encoder"), np.diff(times).tolist()))
     return data, report | {"seconds": seconds}
 
 
 def parse(data, name):
     """Check an .hfd file as far as that is possible without a model. Returns its header as a
-    dictionary, with `energy` (bytes of the map) and `payload`. HFDError for any other file."""
+    dictionary, with `block` in pixels, `energy` (bytes of the map) and `payload`. HFDError for any
+    other file."""
     if len(data) < HEADER_BYTES or data[:3] != MAGIC:
         raise HFDError(f"{name}: not an .hfd file, or cut off in its header")
     header = dict(zip(FIELDS, HEADER.unpack_from(data)))
     if header["version"] != VERSION:
         raise HFDError(f"{name}: in version {header['version']} of the format, not {VERSION}")
-    payload = memoryview(data)[HEADER_BYTES:]             # no copy yet: a hostile file may be large
+    energy, payload = b"", data[HEADER_BYTES:]
     crc = int.from_bytes(data[HEADER.size:HEADER_BYTES], "big")
     if zlib.crc32(payload, zlib.crc32(data[:HEADER.size])) != crc:
         raise HFDError(f"{name}: damaged or cut off (its checksum does not match)")
     if not 0 < header["width"] * header["height"] <= MAX_PIXELS:
         size = f"{header['width']}x{header['height']}"
         raise HFDError(f"{name}: claims {size} pixels; 1 to {MAX_PIXELS} are possible")
-    energy = b""
     if header["block"]:
         header["block"], size = 1 << header["block"], 4 + int.from_bytes(payload[:4], "big")
         if header["block"] not in BLOCKS or len(payload) < size:
             raise HFDError(f"{name}: its HFD+ map cannot be read")
         energy, payload = payload[4:size], payload[size:]
-    return header | {"energy": bytes(energy), "payload": bytes(payload)}
+    return header | {"energy": energy, "payload": payload}
 
 
 def decode_latent(header, model, name):
@@ -126,10 +130,10 @@ def decode_latent(header, model, name):
     energy, n = None, header["block"] // CELL               # n cells per block and side
     try:
         if n:
-            blocks = math.ceil(h / n), math.ceil(w / n)
-            energy = entropy.decode_map(header["energy"], hfd.ENERGY_LEVELS, blocks)
-            energy = torch.from_numpy(energy.repeat(n, 0).repeat(n, 1)[:h, :w])     # (h, w)
-            energy = energy[None, None].to(model.device)                            # (1, 1, h, w)
+            blocks = 1, math.ceil(h / n), math.ceil(w / n)
+            energy = entropy.decode(header["energy"], hfd.MAP_TABLES, 0, blocks)
+            energy = torch.from_numpy(energy.repeat(n, 1).repeat(n, 2)[:, :h, :w])  # (1, h, w)
+            energy = energy[None].to(model.device)                                  # (1, 1, h, w)
         k = entropy.decode(header["payload"], model.tables, header["quality"] - 1, (M, h, w))
     except ValueError as error:
         raise HFDError(f"{name}: {error}") from None
@@ -195,17 +199,18 @@ def open_picture(path):
     dropped). HFDError for what cannot be read, or would change its looks."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            return as_rgb(image, remarks := []), remarks
+            return as_rgb(image)
     except Image.DecompressionBombError:
         raise HFDError(f"{path}: too large, over {MAX_PIXELS} pixels or 65535 a side") from None
     except Exception as error:      # a broken picture can make Pillow raise nearly anything
         raise HFDError(f"{path}: cannot be read as a picture ({error})") from None
 
 
-def as_rgb(image, remarks):
-    """A PIL image that was just opened, as 8-bit RGB. Adds to remarks; ValueError if it refuses."""
+def as_rgb(image):
+    """A PIL image that was just opened, as `open_picture` returns it. ValueError if it refuses."""
     if max(image.size) > 65535:
         raise Image.DecompressionBombError
+    remarks = []
     deep = image.mode[0] == "I" or any(";16" in str(tile.args) for tile in image.tile)
     # An EPS is a program, which Pillow would have run; floats ("F") may have any range.
     if image.format == "EPS" or image.mode == "F" or deep and "transparency" in image.info:
@@ -241,7 +246,7 @@ def as_rgb(image, remarks):
                 image = converted
         except (ImageCms.PyCMSError, OSError):
             remarks.append("its colour profile cannot be used; colours are taken for sRGB")
-    return image.convert("RGB")
+    return image.convert("RGB"), remarks
 
 
 def to_tensor(image, device):
@@ -296,14 +301,15 @@ def check_target(path, force, size=None):
 
 def progress(steps):
     """A callback that shows, on one line of a terminal, how far sampling is."""
-    begin = time.time()
+    begin, calls = time.time(), itertools.count(1)
 
-    def show(step):
-        """Overwrite the line with the state after this step."""
+    def show(_):
+        """Overwrite the line with the state after one more step. Groups each begin to count anew,
+        so count calls."""
+        step = next(calls)
         left = (time.time() - begin) / step * (steps - step)
-        end = "\n" if step == steps else ""
-        print(f"\rsampling step {step:.0f}/{steps}, {left:.0f} s left ", end=end, file=sys.stderr,
-              flush=True)
+        print(f"\rsampling step {step}/{steps}, {left:.0f} s left ",
+              end="\n" if step == steps else "", file=sys.stderr, flush=True)
     return show
 
 
@@ -329,7 +335,8 @@ def run_compress(args):
 
 def run_decompress(args):
     """decompress: .hfd file to picture."""
-    numbers = args.eta or 1, args.steps, args.patch, args.context + 1
+    eta = 1 if args.eta is None else args.eta
+    numbers = eta, args.steps, args.patch, args.context + 1
     if not (0 <= args.rho <= 1 and all(0 < n < 2 ** 16 for n in numbers)):
         raise HFDError("--rho must lie in [0, 1], --eta, --steps and --patch be above 0")
     data = Path(args.input).read_bytes()
@@ -337,7 +344,8 @@ def run_decompress(args):
     check_target(args.output, args.force, (header["width"], header["height"]))
     model = hfd.load_model(args.model, pick_device(args.device))
     knobs = "rho", "seed", "grouped", "steps", "sampler", "eta", "patch", "context"
-    settings = {name: getattr(args, name) for name in knobs} | {"on_step": progress(args.steps)}
+    settings = {name: getattr(args, name) for name in knobs}
+    settings["on_step"] = progress(args.steps * (4 if args.grouped else 1))
     image, report = decompress(data, model, args.input, **settings)
     save_picture(image, args.output)
     print(f"{args.output}: {image.width}x{image.height} pixels; {told(report)}")
@@ -351,7 +359,7 @@ def run_info(args):
         for network in filter(None, (model.autoencoder, model.diffusion)):
             millions = sum(p.numel() for p in network.parameters()) / 1e6
             print(f"{millions:.2f} million parameters: {network.config}")
-        print(json.dumps(model.recipes, indent=1))      # which shows what would steer a terminal
+        print(json.dumps(model.recipes, indent=1))      # JSON spells control characters out
         return
     data = Path(args.path).read_bytes()
     header = parse(data, args.path)
@@ -365,10 +373,8 @@ def run_info(args):
 
 def portrait():
     """The portrait that ships with matplotlib, a PIL RGB image of 512x600."""
-    os.environ["MPLBACKEND"] = "agg"     # a notebook's backend may not be there, and none is needed
-    from matplotlib.cbook import get_sample_data
-    with get_sample_data("grace_hopper.jpg") as f:
-        return open_picture(f)[0]
+    folder = Path(importlib.util.find_spec("matplotlib").origin).parent     # without importing it
+    return open_picture(folder / "mpl-data" / "sample_data" / "grace_hopper.jpg")[0]
 
 
 def largest_within(size, image, kind="jpeg", **options):
@@ -501,7 +507,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        full = re.search("out of memory|allocate memory", str(error))       # a GPU's, a CPU's
+        if isinstance(error, RuntimeError) and not full:
             raise
         sys.exit("error: the memory is full; ask for less at once (--patch, --batch, --crop, "
                  "--megapixels), or if it is a GPU's, take --device cpu")

@@ -57,8 +57,8 @@ def dead_leaves(size, rng):
 
 # Photographs that were reduced to train on are crisp to the last pixel, in colour too. A denoiser
 # that has seen only these puts coloured specks into what cameras give. So a share of the crops is
-# resized by a factor within ZOOM, and as many, independently, are softened in colour, as cameras
-# do it, and exposed anew, by an exponent within exp(+-GAMMA).
+# resized by a factor within ZOOM, as many are softened in colour, as cameras do it, and as many
+# exposed anew, by an exponent within exp(+-GAMMA). Each of the three is drawn by itself.
 ZOOM, GAMMA = (0.7, 1.5), 0.3
 
 
@@ -92,7 +92,7 @@ class Photos:
     """Every picture of a folder, or 64 dead leaves without one, as uint8 on the device that trains:
     decoding on the fly is what usually starves a GPU. Bad files are named and skipped, pictures
     with a side below `smallest` continued by mirroring, no more read than some `megapixels`.
-    variety: the share of crops to vary. HFDError if there is no picture."""
+    variety: the chance of each variation, see `crops`. HFDError if there is no picture."""
 
     def __init__(self, folder, smallest, device, megapixels, variety, seed):
         self.variety, self.images, total, rng = variety, [], 0, np.random.default_rng(seed)
@@ -109,7 +109,7 @@ class Photos:
             self.images.append(torch.from_numpy(array).permute(2, 0, 1).contiguous().to(device))
             total += array.shape[0] * array.shape[1] / 1e6
             if total > megapixels:
-                print(f"warning: read only {total:.0f} --megapixels", file=sys.stderr)
+                print(f"warning: only {total:.0f} --megapixels were read", file=sys.stderr)
                 break
         if not self.images:
             raise HFDError(f"{folder}: no pictures found there; other --images, or none, may do")
@@ -117,16 +117,16 @@ class Photos:
         self.description = f"{len(self.images)} {kind}, {total:.0f} megapixels"
 
     def crops(self, count, size):
-        """Random crops (count, 3, size, size) in [-1, 1], a share of them `varied`, each mirrored
-        half of the time. Uses torch's global seed."""
+        """Random crops (count, 3, size, size) in [-1, 1], each mirrored half of the time, and with
+        the chance `variety` each resized, softened, relit. Uses torch's global seed."""
         batch, share = [], self.variety
         for n, i, j, zoom, soft, light, mirror in torch.rand(count, 7).tolist():
             image = self.images[int(n * len(self.images))]                      # (3, H, W)
             factor = ZOOM[0] * (ZOOM[1] / ZOOM[0]) ** (zoom / share) if zoom < share else 1
             gamma = math.exp(GAMMA * (2 * light / share - 1)) if light < share else 1
             side = min(round(size / factor), *image.shape[1:])
-            i, j = int(i * (image.shape[1] - side + 1)), int(j * (image.shape[2] - side + 1))
-            crop = image[:, i:i + side, j:j + side].float() / 255               # (3, side, side)
+            top, left = int(i * (image.shape[1] - side + 1)), int(j * (image.shape[2] - side + 1))
+            crop = image[:, top:top + side, left:left + side].float() / 255     # (3, side, side)
             crop = varied(crop, size, soft < share, gamma)                      # (3, size, size)
             batch.append(crop.flip(2) if mirror < 0.5 else crop)
         return torch.stack(batch) * 2 - 1
@@ -134,7 +134,7 @@ class Photos:
 
 # Optimizers ---------------------------------------------------------------------------------------
 
-# Its parameter groups each have a "peak", which `fit` makes their learning rate of.
+# Each parameter group of an optimizer has a "peak", of which `fit` makes its learning rate.
 adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
@@ -168,7 +168,7 @@ def orthonormal(matrices):
     """The nearest matrices with orthonormal rows, nearly: (G G^T)^(-1/2) G of each G in (n, rows,
     columns), rows <= columns. Five Newton-Schulz steps: each applies to the singular values a
     polynomial that pulls them towards 1, x -> 3.4445 x - 4.7750 x^3 + 2.0315 x^5. As it is odd, all
-    of it can be done on the small G G^T, which costs a third of the usual way."""
+    of it can be done on the small G G^T, at less than half of the cost."""
     G = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)             # (n, rows, columns)
     gram = G @ G.mT                                                                # (n, rows, rows)
     root = one = torch.eye(gram.shape[1], device=G.device)                          # gram^(-1/2)
@@ -180,7 +180,7 @@ def orthonormal(matrices):
 
 # The loop that both stages share ------------------------------------------------------------------
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP      # Ctrl-C, a batch queue, a closed laptop
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP     # Ctrl-C, a batch queue, a lost terminal
 
 
 def fit(run, batch_loss):
@@ -201,7 +201,9 @@ def fit(run, batch_loss):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
             terms = batch_loss(step, size, batch)
         terms["loss"].backward()
-        run.share_gradients()
+        if run.world > 1:                                   # their mean over all GPUs
+            for p in run.learned:
+                dist.all_reduce(p.grad.div_(run.world))
         terms["gradient"] = torch.nn.utils.clip_grad_norm_(run.learned, 1.0)
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
@@ -251,16 +253,11 @@ class Run:
 
     def goes_on(self):
         """Whether there is another step to take. All GPUs must leave the loop at the same one."""
-        stop = self.status
+        stopped = self.status
         if self.world > 1:
-            stop = torch.tensor(stop, device=self.device)
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        return self.step < self.args.steps and not stop
-
-    def share_gradients(self):
-        """Average them over all GPUs."""
-        for p in self.learned if self.world > 1 else ():
-            dist.all_reduce(p.grad.div_(self.world))
+            stopped = torch.tensor(stopped, device=self.device)
+            dist.all_reduce(stopped, dist.ReduceOp.MAX)
+        return self.step < self.args.steps and not stopped
 
     @torch.no_grad()
     def step_done(self, pixels, terms):
@@ -396,11 +393,10 @@ def train_autoencoder(args, device, known):
     # The linear path starts at a good place, with entries of about 0.02: it is refined, ten times
     # more slowly than the rest. The prior's parameters are octaves, and weights that end up a
     # hundred times larger than they start: they may move ten times as fast.
-    groups = {0.1: [], 1: [], 10: []}
+    by_scale = {0.1: [], 1: [], 10: []}
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[0.1 if "linear" in name else 10 if name.startswith("prior") else 1].append(p)
-    groups = [{"params": ps, "peak": args.lr * scale} for scale, ps in groups.items() if ps]
+        by_scale[0.1 if "linear" in name else 10 if name.startswith("prior") else 1].append(p)
+    groups = [{"params": ps, "peak": args.lr * scale} for scale, ps in by_scale.items()]
 
     def batch_loss(step, size, batch):
         """The mean objective over random crops, each at a random level."""
@@ -413,8 +409,8 @@ def train_autoencoder(args, device, known):
 
 # Stage 2: the diffusion model, given reconstructions ----------------------------------------------
 
-MARGIN = 16     # pixels of context in which a crop's x_hat is made: borders should not be the rule
-POOL = 16       # steps that a pool of pairs serves, of a quarter as many as these steps use
+MARGIN = 16     # how much larger, all round, the crop is that x_hat is made of: borders are worse
+POOL = 16       # steps that draw from one pool of POOL / 4 batches: each pair serves about four
 
 
 def train_diffusion(args, device, known):
@@ -456,9 +452,9 @@ def train_diffusion(args, device, known):
 
     @functools.lru_cache(1)
     def pool(number, size, batch):
-        """Pairs (x, x_hat, q) for POOL steps. Making an x_hat costs a third of learning from it;
-        but a pair can serve several draws of time and noise, and serves four on average. All
-        depends on the number alone: a run may be resumed half-way through a pool."""
+        """Pairs (x, x_hat, q) for POOL steps. An x_hat is dear, but a pair can serve several draws
+        of time and noise, and serves four on average. All depends on the number alone: a run may be
+        resumed half-way through a pool."""
         run.seed(-1 - number)
         q = torch.randint(levels, (POOL // 4 * batch,)).to(device)                  # (N,)
         made = [pairs(photos.crops(batch, size + 2 * MARGIN), part) for part in q.split(batch)]
@@ -495,8 +491,8 @@ def command_line(**settings):
                            "rectified flow; left out: --init's, or v")
     for p, batch, crop in ((ae, 8, 128), (diffusion, 16, 64)):
         for flag, kind, default, text in (
-                ("images", str, None, "folder of pictures, or one picture; those below are read, "
-                 "hidden ones and linked ones not. Without: dead leaves"),
+                ("images", str, None, "folder of pictures, read with those inside it but hidden "
+                 "and linked folders, or one picture. Without: dead leaves"),
                 ("out", str, "runs/model", "folder of the model"),
                 ("init", str, None, "folder of a model to start from"),
                 ("seed", sample.seed_number, 0, "of everything random"),
@@ -507,7 +503,7 @@ def command_line(**settings):
                 ("lr", float, 1e-3, "peak learning rate of AdamW; Muon has ten times that"),
                 ("warmup", int, 200, "steps until the peak is reached"),
                 ("megapixels", float, 4000.0, "most picture data in memory (3 bytes a pixel)"),
-                ("variety", float, 0.5, "share of crops resized, softened in colour, relit"),
+                ("variety", float, 0.25, "chance that a crop is resized, softened, relit, each"),
                 ("log-every", int, 50, "steps a line"), ("save-every", int, 1000, "steps a save")):
             p.add_argument("--" + flag, type=kind, default=default, help=text)
         p.add_argument("--resume", action="store_true", help="go on in --out, flags as they were")
@@ -532,9 +528,13 @@ def parsed(argv):
         args = command_line(**recipe["settings"]).parse_args(argv)
     elif part.exists():
         raise HFDError(f"{part}: exists already; --resume continues it, another --out starts anew")
-    for flag in "steps", "batch", "crop", "warmup", "log_every", "save_every", "lr", "megapixels":
-        if not 0 < vars(args)[flag] < 10 ** 9 or flag == "crop" and args.crop % hfd.CELL:
-            raise HFDError(f"--{flag.replace('_', '-')} must be above 0, --crop a multiple of 16")
+    for flag in ("steps", "batch", "crop", "warmup", "log_every", "save_every", "lr", "megapixels",
+                 "eta"):
+        value = vars(args).get(flag)                        # only stage 2 has an --eta
+        if value is not None and not 0 < value < 10 ** 9:
+            raise HFDError(f"--{flag.replace('_', '-')} must be above 0")
+    if args.crop % hfd.CELL or not 0 <= args.variety <= 1:
+        raise HFDError("--crop must be a multiple of 16, --variety lie in [0, 1]")
     recipe["settings"] = {flag: value for flag, value in vars(args).items()
                           if flag not in ("stage", "out", "resume")}
     recipe["commands"].append("python train.py " + shlex.join(argv))
@@ -552,7 +552,7 @@ def main(argv=None):
         if os.environ.get("RANK", "0") == "0":              # two runs would ruin each other's files
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if "WORLD_SIZE" in os.environ:                      # torchrun: a process per GPU
-            if args.device == "auto" and torch.cuda.is_available():
+            if args.device in ("auto", "cuda") and torch.cuda.is_available():
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         device = sample.pick_device(args.device)

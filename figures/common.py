@@ -55,8 +55,9 @@ def digest(*parts):
     """The first 8 bytes of a SHA-256, in hexadecimal, of bytes and networks."""
     whole = hashlib.sha256()
     for part in parts:
-        tensors = part.state_dict().values() if isinstance(part, torch.nn.Module) else ()
-        whole.update(b"".join(t.cpu().numpy().tobytes() for t in tensors) or part)
+        if isinstance(part, torch.nn.Module):
+            part = b"".join(t.cpu().numpy().tobytes() for t in part.state_dict().values())
+        whole.update(part)
     return whole.hexdigest()[:16]
 
 
@@ -81,7 +82,7 @@ FLAGS = {
     "factorized": dict(metavar="DIR", help="a model with the same transforms, a factorized prior"),
     "megapixels": dict(type=float, nargs="+", help="sizes to measure memory at"),
     "results": dict(metavar="FILE", help="what figures.rate_distortion wrote"),
-    "batch": dict(type=int, help="pictures per step; by default as train.py has it"),
+    "batch": dict(type=int, help="crops per step; by default as train.py has it"),
 }
 
 
@@ -108,8 +109,8 @@ class Run:
         add("--seed", type=sample.seed_number, default=0, help="seed of everything random")
         add("--device", default="auto", help="cuda, mps, cpu or auto")
         if scored:
-            add("--images", metavar="DIR", help="folder of pictures, hidden and linked ones left "
-                "out; without it: the portrait and dead leaves")
+            add("--images", metavar="DIR", help="folder of pictures, without hidden and linked "
+                "folders in it; left out: the portrait and dead leaves")
             add("--middle", type=int, metavar="SIDE", help="only a square in the middle of each")
         for flag, default in flags.items():
             add(f"--{flag}", default=default, **FLAGS[flag])
@@ -296,9 +297,10 @@ class Run:
         """Score a over score b, told and returned: distances as [ratio, low, high], `db` of
         PSNR."""
         found = {name: metrics.ratio(a, b, name) for name in self.distances}
-        told = ["{} {:.3f} [{:.3f}, {:.3f}]".format(name, *found[name]) for name in found]
+        told = ["{} {:.1f} / {:.1f} = {:.3f} [{:.3f}, {:.3f}]".format(name, a[name], b[name], *over)
+                for name, over in found.items()]
         found["db"] = round(a["psnr"] - b["psnr"], 3)
-        print(f"{what}: " + ", ".join(told + [f"PSNR {found['db']:+.2f} dB"]))
+        print(f"{what}: " + ", ".join(told + [f"PSNR {a['psnr']:.2f} dB ({found['db']:+.2f})"]))
         return found
 
 
@@ -330,11 +332,11 @@ def axes(columns=1, width=4.3, height=3.9, rows=1):
 
 
 def line(name, points, number, look):
-    """What `draw` takes, of {x: score}."""
+    """What `plot` takes, of {x: score}."""
     return name, list(points), [score[number] for score in points.values()], look
 
 
-def draw(panel, lines, ticks=None, **labels):
+def plot(panel, lines, ticks=None, **labels):
     """Draw lines, each (name, x, y, (colour, marker[, style])), and name them where they end.
     ticks: of the x axis, a list or {place: text}. labels: what matplotlib's `set` takes."""
     for _, x, y, (colour, marker, *style) in lines:

@@ -10,7 +10,7 @@ from pathlib import Path
 import sample
 from figures import common
 
-ETAS = (0.025, 0.05, 0.1, 0.2, 0.5, 1.0)        # at 0 there is nothing to sample
+ETAS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0)    # at 0 there is nothing to sample
 
 
 def main(argv=None):
@@ -20,12 +20,13 @@ def main(argv=None):
     nets |= {Path(folder).name: run.other(folder).diffusion for folder in run.args.others}
     figure, panels = common.axes(len(run.numbers), rows=len(run.args.levels), width=4.6, height=3.3)
     for level in run.args.levels:
-        best, curves, blurry = {}, {}, run.blurry(level)
+        blurry, curves = run.blurry(level), {}
+        best = {"the autoencoder": blurry}
         std = blurry["mse"] ** 0.5 / 127.5                      # of x in [-1, 1]
         for name, net in nets.items():
             points = curves[name] = {
                 eta: run.sampled(f"level {level}, {name}, eta {eta:g}", level, net, eta=eta)
-                for eta in ETAS[::4 if run.args.quick else 1]}
+                for eta in (ETAS[1::4] if run.args.quick else ETAS)}
             at = (max if first == "psnr" else min)(points, key=lambda eta: points[eta][first])
             row = {"level": level, "net": name, "kind": net.config.kind, "best_eta": at,
                    "trained_at": net.config.eta, "residual_std": round(std, 4)}
@@ -41,7 +42,7 @@ def main(argv=None):
             lines.append(("autoencoder", ETAS, [blurry[number]] * len(ETAS), (common.GREY, "")))
             panel = panels.pop(0)
             panel.axvline(std, color=common.GREY, linestyle=":", linewidth=1)
-            common.draw(panel, lines, ETAS, xlabel="eta of the sampler's schedule", xscale="log",
+            common.plot(panel, lines, ETAS, xlabel="eta of the sampler's schedule", xscale="log",
                         **common.AXES[number] | {"title": f"Level {level}"})
     run.finish(figure, summary=rows)
 

@@ -74,8 +74,9 @@ def coder(run, ks):
         found[f"6. without {part}"] = sizes(deaf)
     with mock.patch.multiple(entropy, PRECISION=16, TOTAL=1 << 16, BYTE=range(0, 65537, 256)):
         found["8. 16 bits"] = sizes(autoencoder.prior.freeze(autoencoder.log_step.exp()))
+    usual = sizes(tables)
     for name, size in found.items():
-        print(f"{name}, % of the bytes:", (100 * size / sizes(tables) - 100).round(1))
+        print(f"{name}, % more bytes:", (100 * size / usual - 100).round(1))
     for rho in (0, 1):
         shares = []
         for q, k in enumerate(ks):

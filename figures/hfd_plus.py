@@ -31,9 +31,9 @@ def main(argv=None):
             row["extra_bpp"] = round(score["bpp"] - plain[level]["bpp"], 5)
             for n in run.numbers:
                 line = np.interp(np.log(score["bpp"]), bits, [p[n] for p in plain.values()]).item()
-                gain = 100 * (score[n] / line - 1) if n == "fd" else score[n] - line
+                change = 100 * (score[n] / line - 1) if n == "fd" else score[n] - line
                 row |= {n: round(score[n], 3), f"{n} at equal bpp without": round(line, 3),
-                        f"{n} gain": round(gain, 3)}
+                        f"{n} change": round(change, 3)}
             print(", ".join(f"{name} {value:g}" for name, value in row.items()))
             over = run.compare("    over the same file without", score, plain[level])
             rows.append(row | {"over_same": over})
@@ -42,9 +42,9 @@ def main(argv=None):
     for panel, number in zip(panels, run.numbers):
         lines = [("no map", [blocks[0], blocks[-1]], [0, 0], (common.GREY, ""))]
         for look, level in zip(common.CYCLE, run.args.levels):
-            y = [row[f"{number} gain"] for row in rows if row["level"] == level]
+            y = [row[f"{number} change"] for row in rows if row["level"] == level]
             lines.append((f"level {level}", blocks, y, look))
-        common.draw(panel, lines, ticks, title=common.AXES[number]["title"], xscale="log",
+        common.plot(panel, lines, ticks, title=common.AXES[number]["title"], xscale="log",
                     xlabel=f"side of blocks, and bits per pixel at level {run.args.levels[0]}",
                     ylabel="at equal bits " + ("(%)" if number == "fd" else "(dB)"))
     run.finish(figure, summary=rows)

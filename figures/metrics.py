@@ -42,9 +42,9 @@ def frechet(a, b):
     share their non-zero eigenvalues, so those of A^T (A B^T B) are those of (A B^T B) A^T =
     (A B^T)(A B^T)^T, the squared singular values of A B^T. So tr sqrt(C_a C_b) is the sum of these
     singular values. Orthogonal factors change none of them, so A and B may shrink to their
-    triangular QR factors of at most D rows. ValueError for other shapes."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features of shapes {a.shape} and {b.shape} cannot be compared")
+    triangular QR factors of at most D rows. HFDError for fewer samples."""
+    if min(len(a), len(b)) < 2:
+        raise HFDError("a Frechet distance needs two patches; take more pictures, or larger ones")
     A, B = (np.linalg.qr((f - f.mean(axis=0)) / np.sqrt(len(f) - 1), mode="r") for f in (a, b))
     root = np.linalg.svd(A @ B.T, compute_uv=False).sum()           # A, B: (min(N, D), D)
     means = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum()

@@ -2,8 +2,9 @@
 
     python -m figures.patches --out figures
 
-The same file, the same noise, sampled as a whole and in patches of 128 pixels: with more and more
-context, and in the paper's groups. Then the peak memory, as pictures grow.
+The same file, sampled as a whole and in patches of 128 pixels: together, from the same noise, with
+more and more context; and in the paper's groups, each with noise of its own. Then the peak memory,
+as pictures grow.
 """
 import subprocess
 import sys
@@ -76,11 +77,11 @@ def main(argv=None):
     sizes = run.args.megapixels[:1] if run.args.quick else run.args.megapixels
     peaks = {n: run.point(f"{n:g} megapixels", lambda: memory(run, n)) for n in sizes}
     figure, panels = common.axes(3, rows=2, width=3.6, height=3.1)
-    common.draw(panels[0], errors, CONTEXTS, xlabel="context (pixels)", ylabel="difference (1/255)",
+    common.plot(panels[0], errors, CONTEXTS, xlabel="context (pixels)", ylabel="difference (1/255)",
                 title="Against the whole: worst pixel,\nand mean at patch borders", yscale="symlog")
-    common.draw(panels[1], jumps, CONTEXTS, xlabel="context (pixels)", ylabel="ratio to elsewhere",
+    common.plot(panels[1], jumps, CONTEXTS, xlabel="context (pixels)", ylabel="over that of all",
                 title="Jump across patch borders")
-    common.draw(panels[2], [common.line("sampling", peaks, "gib", common.CYCLE[0])],
+    common.plot(panels[2], [common.line("sampling", peaks, "gib", common.CYCLE[0])],
                 title="Peak memory", xlabel="megapixels", ylabel="GiB", ylim=(0, None))
     shown = {"sampled as a whole": whole}                               # a difference of 0 is grey
     shown |= {f"context {n}: difference, times 8": 8 * (draw(n) - whole) for n in (0, hfd.CONTEXT)}

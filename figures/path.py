@@ -9,8 +9,8 @@ from figures import common
 from figures.trajectory import recorded
 
 DETAIL = (230, 380, 486, 572)           # of the portrait
-STEPS = ("hfd.Analysis,\nround", "entropy.encode\n(range coder)", "entropy.decode,\nhfd.Synthesis",
-         "start from noise,\ngiven x_hat", "hfd.UNet,\nstep by step", "")
+ARROWS = ("hfd.Analysis,\nround", "entropy.encode\n(range coder)", "entropy.decode,\nhfd.Synthesis",
+          "start from noise,\ngiven x_hat", "hfd.UNet,\nstep by step", "")
 
 
 def main(argv=None):
@@ -31,16 +31,16 @@ def main(argv=None):
              "x_sample: a picture\nthat it could have been": drawn}
     figure, cells = common.axes(len(nodes), width=2, height=2.6)
     figure.get_layout_engine().set(rect=(0, 0, 0.98, 0.87))
-    for cell, (name, content), step in zip(cells, nodes.items(), STEPS):
+    for cell, (name, content), arrow in zip(cells, nodes.items(), ARROWS):
         if content is None:
             text = "\n".join(data[n:n + 8].hex(" ") for n in range(0, 72, 8)) + "\n..."
             cell.text(0.5, 0.5, text, family="monospace", fontsize=6, ha="center", va="center")
         else:
-            cell.imshow(np.asarray(content), cmap="gray", aspect="auto")
+            cell.imshow(np.asarray(content), cmap="gray", vmin=0, vmax=3, aspect="auto")
         cell.set(xticks=[], yticks=[], xlabel=name)
         cell.grid(False)
-        cell.text(1.33, 0.56, step, fontsize=6.2, ha="center", transform=cell.transAxes)
-        if step:
+        cell.text(1.33, 0.56, arrow, fontsize=6.2, ha="center", transform=cell.transAxes)
+        if arrow:
             cell.annotate("", (1.61, 0.5), (1.04, 0.5), xycoords="axes fraction",
                           arrowprops={"arrowstyle": "-|>"})
     figure.text(0.1, 0.89, "stage 1, trained for rate + lambda * MSE: all of the bits",

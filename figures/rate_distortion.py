@@ -112,13 +112,14 @@ def main(argv=None):
             lines = [(name, *zip(*points), (common.GREY, "", "--"))
                      for name, points in codecs.PUBLISHED.items()]
         for name, points in curves.items():
+            if number == "fd" and name == FACTORIZED:       # whose pictures are the autoencoder's
+                continue
             look, points = common.LOOK[name], {score["bpp"]: score for score in points.values()}
-            if number == "psnr" or name != FACTORIZED:      # which draws the same pictures
-                lines.append(common.line(name, points, number, look))
+            lines.append(common.line(name, points, number, look))
             if number == "fd":
                 low, high = zip(*(score["fd_interval"] for score in points.values()))
                 panel.fill_between(list(points), low, high, color=look[0], alpha=0.12, linewidth=0)
-        common.draw(panel, lines, (0.05, 0.1, 0.2, 0.5, 1), xscale="log", **common.AXES[number],
+        common.plot(panel, lines, (0.05, 0.1, 0.2, 0.5, 1), xscale="log", **common.AXES[number],
                     xlabel="bits per pixel, complete file")
     run.finish(figure, summary=summary)
 

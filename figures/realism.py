@@ -42,8 +42,8 @@ def main(argv=None):
         lines["psnr"].append((f"theory, level {level}", RHO, theory, (look[0], "", ":")))
         means.append((f"level {level}", draws, [found[f"mean of {n}"] for n in draws], look))
     for panel, number in zip(panels, run.numbers):
-        common.draw(panel, lines[number], RHO[::2], xlabel="rho", **common.AXES[number])
-    common.draw(panels[-1], means, draws, title="Mean of N samples: back to x_hat", xlabel="N",
+        common.plot(panel, lines[number], RHO[::2], xlabel="rho", **common.AXES[number])
+    common.plot(panels[-1], means, draws, title="Mean of N samples: back to x_hat", xlabel="N",
                 ylabel="squared error / the autoencoder's", xscale="log")
     run.finish(figure, squared_error_over_autoencoder=summary)
 

@@ -29,7 +29,7 @@ def main(argv=None):
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(run.args.seed))
     for n, (name, time) in enumerate(zip(("log SNR", "alpha", "sigma"), times)):
         lines = [(f"eta = {eta}", t, at(t, eta)[name], (ETAS[eta], "")) for eta in ETAS]
-        common.draw(panels[n], lines, title=name, xlabel="time t")
+        common.plot(panels[n], lines, title=name, xlabel="time t")
         shown = []
         for eta in (1.0, 0.5, 0.25):
             z = at(time, eta)["alpha"].item() * x + at(time, eta)["sigma"].item() * eps

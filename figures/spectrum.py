@@ -72,10 +72,9 @@ def main(argv=None):
             lines.append((name, frequency, gain, (LOOK[name][0], "")))
             found = summary[f"level {level}, {name}"] = {
                 f"db_at_{where}": round(gain[n].item(), 2) for where, n in SHOWN.items()}
-            found |= {"bpp": round(own["bpp"], 4), "grain": round(own["grain"], 3),
-                      "grain_over_original": round(own["grain"] / original["grain"], 3)}
+            found |= {"bpp": round(own["bpp"], 4), "grain": round(own["grain"], 3)}
             print(f"level {level}, {name}: {found}")
-        common.draw(panel, lines, title=f"Level {level}: power relative to the original",
+        common.plot(panel, lines, title=f"Level {level}: power relative to the original",
                     xlabel="cycles per pixel", ylabel="dB")
     run.finish(figure, summary=summary)
 

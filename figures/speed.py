@@ -4,7 +4,7 @@
 
 A step of train.py, by its own account, over its convolutions; its operations per second over those
 of a large matrix product; for stage 2 also Muon's share, and what a step would take with fresh
-pairs in place of the pool. Absolute numbers are told of a GPU only.
+pairs in place of the pool. Absolute speeds are told of a GPU only.
 """
 import contextlib
 import io
@@ -30,7 +30,8 @@ def fastest(run, function, *args):
 
 @torch.compiler.set_stance("force_eager")
 def parts_of_a_step(bench, run, batch_loss):
-    """{name: number} of a step, from what train.fit is given: operations, seconds of parts."""
+    """{name: number} of a step, from what train.fit is given: operations, seconds of parts. Not
+    compiled, as it would be on a GPU: fused parts cannot be told apart."""
     device, crop, batch = run.device, run.args.crop, run.args.batch
 
     def compute(step):
@@ -40,7 +41,7 @@ def parts_of_a_step(bench, run, batch_loss):
         loss.backward()
 
     def convolutions():
-        """Seconds of all convolutions in a step, forward and backward."""
+        """Seconds of the convolutions of one step's two passes, without those that make pairs."""
         with torch.profiler.profile() as profile:
             compute(0)
         time = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"    # microseconds
@@ -81,7 +82,7 @@ def main(argv=None):
             # It tells of steps 1, 16, 32, 48 and 64: the second is still cold, the last has larger
             # crops.
             step = 1 / max(map(float, re.findall(r"([\d.]+) steps/s", said.getvalue())[2:4]))
-            found = {"batch": part["batch"], "crop": part["crop"],
+            found = {"batch": part["batch"], "crop": part["crop"], "operations": part["operations"],
                      "step_over_convolutions": step / part["convolutions"],
                      "share_of_matrix_product": part["operations"] / step / best}
             if stage == "diffusion":    # with fresh pairs, a step would make four times as many

@@ -25,8 +25,7 @@ def main(argv=None):
                 for n in steps if n <= ENOUGH or name != "dpm"}
             most, over = curves[level, "ddpm"][steps[-1]], {}
             for n, score in points.items():
-                told = ", ".join(f"{number} {score[number]:.2f}" for number in run.numbers)
-                over[n] = run.compare(f"{what}, {n} steps: {told}; over most of ddpm", score, most)
+                over[n] = run.compare(f"{what}, {n} steps, over most of ddpm", score, most)
             enough = [n for n in over if run.distances and over[n]["fd"][0] <= 1.05]
             summary[what] = {"over_most": over, "fewest": min(enough, default=None)}
             print(f"{what}: fewest steps within 5 % of most of ddpm {summary[what]['fewest']}")
@@ -37,7 +36,7 @@ def main(argv=None):
             look = *common.CYCLE[[*nets].index(name)], "-" if level == run.args.levels[0] else "--"
             if number != "diffusion" or level == run.args.levels[0]:      # all levels cost the same
                 lines.append(common.line(f"{name}, level {level}", points, number, look))
-        common.draw(panel, lines, steps, xlabel="steps", xscale="log", **common.AXES[number])
+        common.plot(panel, lines, steps, xlabel="steps", xscale="log", **common.AXES[number])
     run.finish(figure, summary=summary)
 
 

@@ -23,7 +23,7 @@ def recorded(diffusion, x_hat, q, seed):
         frames.append((float(log_snr), z.clone(), x))
         return x
     eps = torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(seed)).to(x_hat.device)
-    hfd.sample(predict_x, STEPS, hfd.ddim_step, diffusion.schedule, lambda: eps)
+    hfd.sample_loop(predict_x, STEPS, hfd.ddim_step, diffusion.schedule, lambda: eps)
     return frames
 
 
@@ -39,7 +39,7 @@ def main(argv=None):
     strip = common.sheet({caption: pairs[i] for i, caption in captions.items()}, (
         "z_t", "E[x | z_t, x_hat]"))
     film = [common.sheet({"z_t": [z], "E[x | z_t, x_hat]": [x]}, ("",)) for z, x in pairs]
-    hfd.write_atomically(f"{run.args.out}/trajectory.gif", lambda f: film[0].save(
+    hfd.write_atomically(run.path.with_suffix(".gif"), lambda f: film[0].save(
         f, "GIF", save_all=True, append_images=film[1:] + film[-1:] * 8, duration=150, loop=0))
     run.finish(strip, log_snr=[round(log_snr, 3) for log_snr, _, _ in frames])
 

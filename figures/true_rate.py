@@ -28,9 +28,10 @@ def break_even(point, points, number, model_bits, pixels=PIXELS):
     the other codec needs for the same `number`. "never" where it needs fewer anyway; None where it
     has no such point."""
     rate = rate_for(point[number], points, number)
-    if rate is None or rate <= point["bpp"]:
-        return rate and "never"
-    return int(np.ceil(model_bits / ((rate - point["bpp"]) * pixels)))
+    if rate is None:
+        return None
+    saved = (rate - point["bpp"]) * pixels
+    return int(np.ceil(model_bits / saved)) if saved > 0 else "never"
 
 
 def main(argv=None):
@@ -38,11 +39,14 @@ def main(argv=None):
     run = common.Run("true_rate", __doc__, argv, scored=False, level=2,
                      results="figures/rate_distortion.json")
     path, curves, summary = run.args.results, {}, {}
-    for point in common.read_results(path)[1].values():
+    about, points = common.read_results(path)
+    for point in points.values():
         for name, score in point.get("variants", {}).items():
             curves.setdefault(name, []).append(score)
     if missing := {"HFD", "autoencoder", *codecs.CODECS} - set(curves):
         raise HFDError(f"{path}: has no points of {', '.join(missing)}")
+    if about["model"]["weights"] != run.about["model"]["weights"]:
+        raise HFDError(f"{path}: measured another model than {run.args.model}; run it again")
     sizes = [os.path.getsize(os.path.join(run.args.model, part + ".npz"))
              for part in ("autoencoder", "denoiser")]
     sizes = {"autoencoder": sizes[0], "HFD": sum(sizes)}
@@ -60,7 +64,7 @@ def main(argv=None):
     for codec in codecs.CODECS:
         if rate := rate_for(point[realism], curves[codec], realism):
             lines.append((codec, N, [rate] * len(N), (common.LOOK[codec][0], "")))
-    common.draw(panel, lines, title="Bits for one realism, the model's share included",
+    common.plot(panel, lines, title="Bits for one realism, the model's share included",
                 xlabel="pictures that share one model", ylabel="bits per pixel", xscale="log",
                 yscale="log")
     run.finish(figure, model_bytes=sizes, break_even_pictures=summary)

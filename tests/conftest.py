@@ -1,5 +1,6 @@
 """What the tests share: a drawn picture, and a model so small that it decodes in milliseconds."""
 import contextlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import sample
 import train
 
 torch.set_num_threads(1)                # networks are tiny here: threads would wait for each other
+find_device = sample.pick_device        # "auto" is the CPU here: a GPU's pixels are its own
+sample.pick_device = lambda name="auto": find_device("cpu" if name == "auto" else name)
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +52,12 @@ def tiny_model(photo, tmp_path_factory):
 def model(tiny_model):
     """The tiny model, loaded."""
     return hfd.load_model(tiny_model)
+
+
+def contents(folder):
+    """{name: bytes, or where a link points, or False for a folder}."""
+    return {p.name: os.readlink(p) if p.is_symlink() else p.is_file() and p.read_bytes()
+            for p in folder.iterdir()}
 
 
 def refusal(function, *arguments):

@@ -62,7 +62,8 @@ def test_untrained_transform_is_a_codec(photo, count, decibels):
     (small_autoencoder, {"prior": "factorized"}), (small_autoencoder, {"prior": "context"}),
     *((small_denoiser, {"kind": kind}) for kind in hfd.DENOISERS)])
 def test_gradients_reach_everything(build, settings):
-    """The loss gives every parameter a gradient, with both priors and in each kind of denoiser."""
+    """The loss gives every parameter a gradient, with both priors and in each kind of denoiser, for
+    each quality level, and from each plane of z_t and x_hat that the U-Net sees."""
     model, x, q = build(**settings), torch.rand(6, 3, 32, 32) * 2 - 1, torch.arange(6)
     for p in model.parameters():                # layers of zeros would hold the others' back
         p.data += 0.05 * torch.randn_like(p)
@@ -72,6 +73,9 @@ def test_gradients_reach_everything(build, settings):
         model(x, x + 0.1 * torch.randn_like(x), q).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
+        assert len(p) != 6 or p.grad.flatten(1).any(dim=1).all(), name          # of each level
+        if name == "net.stem.weight":
+            assert p.grad[:, :24].abs().sum(dim=(0, 2, 3)).all()                # of each plane
 
 
 def test_steps_feel_rate_and_distortion():
@@ -117,7 +121,7 @@ def test_schedule(eta):
 
 def test_velocity_identities():
     """x = alpha z - sigma v, so a network that knows v knows x; and eps = sigma z + alpha v, which
-    is standard normal. The times of a batch are spread evenly."""
+    is standard normal. Times are drawn anew, spread evenly over a batch. The loss is v's MSE."""
     model, x = small_denoiser("plain"), torch.rand(8, 3, 32, 32)
     log_snr, z, v = model.diffuse(x)
     model.velocity = lambda *given: v
@@ -128,6 +132,9 @@ def test_velocity_identities():
     assert abs(eps.mean()) < 0.05 and eps.std().item() == pytest.approx(1, abs=0.05)
     t = torch.atan(torch.exp(-log_snr / 2) / model.config.eta) * 2 / math.pi
     assert torch.allclose(t.sort().values.diff(), torch.full((7,), 1 / 8), atol=1e-3)
+    assert not torch.equal(model.diffuse(x)[0], log_snr)
+    model.velocity, model.diffuse = lambda *given: v + 0.1, lambda x: (log_snr, z, v)
+    assert model(x, x, None).item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_ancestral_step_is_the_posterior():
@@ -152,8 +159,11 @@ def sampled(sampler, steps, eta, schedule=hfd.log_snr_at):
         alpha, sigma = hfd.alpha_sigma(log_snr)
         gain = alpha * 0.1 ** 2 / (alpha ** 2 * 0.1 ** 2 + sigma ** 2)
         return 0.3 + gain * (z - alpha * 0.3)
-    return hfd.sample(predict_x, steps, hfd.SAMPLERS[sampler](), lambda t: schedule(t, eta),
-                      lambda: torch.randn(30_000, generator=generator, dtype=torch.float64))
+
+    def noise():
+        return torch.randn(30_000, generator=generator, dtype=torch.float64)
+    step = hfd.SAMPLERS[sampler]()
+    return hfd.sample_loop(predict_x, steps, step, lambda t: schedule(t, eta), noise)
 
 
 @pytest.mark.parametrize("schedule", [hfd.log_snr_at, hfd.flow_log_snr_at])
@@ -215,6 +225,7 @@ def test_hfd_plus():
     plain, x_hat = perturbed(small_denoiser("plain")).float(), torch.zeros(1, 3, 64, 96)
     told, untold = (hfd.sample_picture(plain, x_hat, 2, map_, steps=2) for map_ in (energy, None))
     assert torch.equal(told, untold)
+    assert not torch.equal(untold, hfd.sample_picture(plain, x_hat + 0.1, 2, steps=2))
 
 
 @pytest.mark.parametrize("eta", [0.1, 0.5, 1.0])
@@ -265,7 +276,8 @@ def test_autoencoder_in_tiles_is_exact():
     for transform, given in ((model.analysis, x), (model.synthesis, y)):
         def f(window):
             return transform(window, q)
-        whole, tiled, cut = (f(given).double() for _ in range(3))
+        whole = f(given).double()
+        tiled, cut = torch.zeros_like(whole), torch.zeros_like(whole)
         hfd.apply_tiled(f, [given], tiled, tile=32)
         hfd.apply_tiled(f, [given], cut, tile=32, context=0)
         assert (tiled - whole).abs().max() < 1e-5 * whole.abs().max()
@@ -297,15 +309,17 @@ def test_groups_take_turns(denoiser, monkeypatch):
         return hfd.sample_in_groups(denoiser, x_hat, 2, seed=5, steps=2, patch=patch)
     assert torch.equal(run(64), hfd.sample_picture(denoiser, x_hat, 2, seed=4 * 5, steps=2))
     grouped, honest = run(32), hfd.sample_picture
+    first = honest(denoiser, x_hat, 2, seed=4 * 5, steps=2, patch=32, group=(0, 0), known=x_hat)
+    assert torch.equal(grouped[..., :32, :32], first[..., :32, :32])    # and it stays
 
     def brighter(*given, group, **settings):
-        turns.append([(r, c) for r in (0, 1) for c in (0, 1) if group(r, c)])
+        turns.append(group)
         x = honest(*given, group=group, **settings)
-        x[..., :32, :32] += 0.5 * group(0, 0)
+        x[..., :32, :32] += 0.5 * (group == (0, 0))
         return x
     monkeypatch.setattr(hfd, "sample_picture", brighter)
     assert (run(32) - grouped).abs()[..., 32:, 32:].max() > 1e-3        # of the second group
-    assert turns == [[(0, 0)], [(1, 1)], [(0, 1)], [(1, 0)]]
+    assert turns == [(0, 0), (1, 1), (0, 1), (1, 0)]
 
 
 # A model's folder ---------------------------------------------------------------------------------

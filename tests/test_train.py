@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import refusal
+from conftest import contents, refusal
 
 import hfd
 import train
@@ -90,11 +90,6 @@ def saved(folder, part="autoencoder"):
     return about["recipe"]["steps"], arrays
 
 
-def everything(folder):
-    """{name: bytes} of the files in a folder."""
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
 def read(path):
     """The pictures there, as training has them."""
     return train.Photos(path, 64, torch.device("cpu"), 100, 0.5, seed=0)
@@ -116,6 +111,7 @@ def test_any_folder(photos, capsys):
     named; a picture smaller than the crop is mirrored to size. One picture will do, too."""
     found = read(photos)
     assert len(found.images) == 3 and min(min(p.shape[1:]) for p in found.images) >= 64
+    assert sum((p == 90).all().item() for p in found.images) == 1       # the small one, continued
     said = capsys.readouterr().err
     assert "broken.jpg: cannot be read" in said and ".thumbnails" not in said
     assert "phone.heic: skipped" in said and found.description.startswith("3 pictures")
@@ -156,7 +152,8 @@ def test_muon_moves_in_every_direction_equally_far():
 
 
 def test_training_learns(photos, stage1, out):
-    """A short training lowers rate + lambda * MSE to the number that is recorded here."""
+    """A short training lowers rate + lambda * MSE to the number that is recorded here, and then the
+    denoiser's loss below that of the closed form it starts from."""
     run(out, photos, "--steps 60")
     torch.manual_seed(0)
     crops, q, loss = read(photos).crops(16, 64), torch.arange(16) % 2, []
@@ -164,6 +161,17 @@ def test_training_learns(photos, stage1, out):
         torch.manual_seed(0)
         loss.append(hfd.load_model(folder).autoencoder(crops, q)["loss"].mean().item())
     assert loss[1] < 0.99 * loss[0] and loss[1] == pytest.approx(0.968, rel=0.01), loss
+    run(out, photos, "--steps 60", "diffusion")
+    model, loss = hfd.load_model(out), []
+    k = (model.autoencoder.analysis(crops, q) / model.autoencoder.step(q)).round()
+    x_hat = model.autoencoder.synthesis(model.autoencoder.dequantize(k, q), q).clamp(-1, 1)
+    for _ in range(2):
+        torch.manual_seed(0)
+        inner = (t[..., 16:-16, 16:-16] for t in (crops, x_hat))
+        loss.append(model.diffusion(*inner, q).item())
+        for p in model.diffusion.net.head.parameters():
+            p.zero_()                                       # leaves the closed form
+    assert loss[0] < 0.98 * loss[1] and 0.6 < loss[1] < 1.6, loss
 
 
 def test_both_stages_make_a_model(photos, stage1, out):
@@ -229,7 +237,8 @@ def test_resume_is_bit_for_bit(stage, part, photos, stage1, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("cause, status", [
-    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), ("disk", 1), ("pipe", 1)])
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), ("pipe", 1),
+    *[("disk", 1)] * os.path.exists("/dev/full")])                      # which only Linux has
 def test_whatever_ends_a_run_the_steps_are_saved(cause, status, photos, out, monkeypatch, capsys):
     """Ctrl-C, a batch queue's end, a closed terminal, a full disk or a closed pipe: the run stops
     after the step that it is in, saves, says so on stderr, and exits with a status of its own."""
@@ -252,19 +261,19 @@ def test_whatever_ends_a_run_the_steps_are_saved(cause, status, photos, out, mon
 def test_nan_stops_with_a_message(stage1, out, monkeypatch):
     """A loss that is not a number ends a run in words, and nothing is saved then."""
     shutil.copytree(stage1, out)
-    before, forward = everything(out), hfd.Autoencoder.forward
+    before, forward = contents(out), hfd.Autoencoder.forward
     monkeypatch.setattr(hfd.Autoencoder, "forward", lambda model, x, q: {
         name: value * np.nan for name, value in forward(model, x, q).items()})
     said = refusal(run, out, None, "--resume --steps 9")
-    assert "the loss is nan" in said and "lower --lr" in said and everything(out) == before
+    assert "the loss is nan" in said and "lower --lr" in said and contents(out) == before
 
 
 def test_what_is_there_is_not_overwritten(photos, stage1, out):
     """Training over a model is refused, as are settings that cannot be, and a folder in use."""
-    before = everything(stage1)
+    before = contents(stage1)
     assert "--resume continues it" in refusal(run, stage1, photos)
-    assert everything(stage1) == before
-    for words in ("--lr nan", "--crop 100", "--steps 0", "--megapixels nan"):
+    assert contents(stage1) == before
+    for words in ("--lr nan", "--crop 100", "--steps 0", "--megapixels nan", "--variety 2"):
         assert words.split()[0] in refusal(run, out, None, words)
     assert "no such file" in refusal(run, out, None, "--resume") and not out.exists()
     assert "autoencoder.npz" in refusal(run, out, photos, "", "diffusion")
@@ -286,8 +295,19 @@ def test_damage_cannot_be_resumed(stage1, out):
                (about, {other: a for other, a in arrays.items() if other != name})]
     for state in states:
         hfd.write_archive(path, *state)
-        before = everything(out)
-        assert path.name in refusal(run, out, None, "--resume") and everything(out) == before
+        before = contents(out)
+        assert path.name in refusal(run, out, None, "--resume") and contents(out) == before
+
+
+def test_what_ships_can_be_trained_on(stage1, out, capsys):
+    """Without a run's own state, --resume goes on from the averaged weights, and counts on."""
+    out.mkdir()
+    shutil.copy(stage1 / "autoencoder.npz", out)
+    run(out, None, "--resume --steps 4 --lr 1e-9")          # hardly a step
+    assert saved(out)[0] == 4 and "averaged weights" in capsys.readouterr().out
+    before, after = (hfd.load_model(folder).autoencoder for folder in (stage1, out))
+    for a, b in zip(before.parameters(), after.parameters()):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_two_processes_train_together(photos, out, monkeypatch, capsys):
@@ -295,7 +315,8 @@ def test_two_processes_train_together(photos, out, monkeypatch, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = "import sys, test_train as t; t.shrink(setattr); t.run(*sys.argv[1:])"
+    script = ("import sys, test_train as t; t.shrink(setattr); t.train.Run.end = lambda run: print("
+              "run.average.log_step.sum().item()); t.run(*sys.argv[1:])")
     own = {"RANK": "1", "PYTHONPATH": str(Path(__file__).parent)}
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": port}.items():
@@ -304,8 +325,11 @@ def test_two_processes_train_together(photos, out, monkeypatch, capsys):
     other = subprocess.Popen([sys.executable, "-c", script, *words], env=os.environ | own,
                              text=True, stdout=subprocess.PIPE)
     run(*words)
-    assert "step" not in other.communicate(timeout=60)[0] and other.returncode == 0
-    assert "finished at step 6" in capsys.readouterr().out and saved(out)[0] == 6
+    said, (steps, arrays) = other.communicate(timeout=60)[0], saved(out)
+    assert "step" not in said and other.returncode == 0
+    assert "finished at step 6" in capsys.readouterr().out and steps == 6
+    theirs, ours = float(said.split()[-1]), arrays["average.log_step"].sum()
+    assert theirs == pytest.approx(ours, abs=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
