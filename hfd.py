@@ -596,7 +596,7 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
         cut(out, n, top, top + tile, left, left + tile).copy_(inner)
 
 
-STEPS, PATCH, CONTEXT = 6, 512, 64      # the defaults, chosen on photographs held out of training
+STEPS, PATCH, CONTEXT = 8, 512, 64      # the defaults, chosen on photographs held out of training
 RELATIVE_ETA = 1.5                      # likewise, in units of the residual's standard deviation
 
 
