@@ -583,7 +583,8 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
     tile, context = math.ceil(tile / CELL), math.ceil(context / CELL)               # in cells now
     rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (2, 3))
 
-    def cut(t, n, top, bottom, left, right):                # a view; cells have n samples a side
+    def cut(t, n, top, bottom, left, right):
+        """A view of these cells of t, which have n samples a side."""
         return t[..., top * n:bottom * n, left * n:right * n]
     for top, left in product(range(0, rows, tile), range(0, cols, tile)):
         if group and (top // tile % 2, left // tile % 2) != group:

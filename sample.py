@@ -66,7 +66,7 @@ def compress(image, model, quality, seed=0, block=0):
     levels, q = len(model.autoencoder.lambdas), quality - 1
     if image.mode != "RGB" or max(image.size) > 65535 or image.width * image.height > MAX_PIXELS:
         raise HFDError(f"a picture of mode {image.mode}, {image.width}x{image.height} pixels; it "
-                       f"must be RGB, as open_picture makes it, and of {MAX_PIXELS} at most")
+                       f"must be RGB, of {MAX_PIXELS} pixels and 65535 a side at most")
     if not 1 <= quality <= levels or block not in (0, *BLOCKS):
         raise HFDError(f"quality must lie between 1 and {levels}, an HFD+ block be in {BLOCKS}")
     if block and need_diffusion(model).config.kind != "plus":

@@ -503,7 +503,7 @@ def command_line(**settings):
                 ("lr", float, 1e-3, "peak learning rate of AdamW; Muon has ten times that"),
                 ("warmup", int, 200, "steps until the peak is reached"),
                 ("megapixels", float, 4000.0, "most picture data in memory (3 bytes a pixel)"),
-                ("variety", float, 0.25, "chance that a crop is resized, softened, relit, each"),
+                ("variety", float, 0.25, "chance of each: resized, softened in colour, relit"),
                 ("log-every", int, 50, "steps a line"), ("save-every", int, 1000, "steps a save")):
             p.add_argument("--" + flag, type=kind, default=default, help=text)
         p.add_argument("--resume", action="store_true", help="go on in --out, flags as they were")
