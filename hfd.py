@@ -191,7 +191,8 @@ class Autoencoder(nn.Module):
         # Rounding has no gradient. For the rate, uniform noise as wide as a step stands in for it:
         # the noisy latent's density is, at every integer, exactly that bin's probability. But the
         # decoder must see what it will see in earnest, rounded values; there the gradient passes
-        # straight through. So the rate pushes steps to be wide, the error to be narrow.
+        # straight through. So the rate pushes steps to be wide, the error to be narrow. (Noise is
+        # dearer than rounding: at low rates this estimate lies well above the bits of a file.)
         u = self.analysis(x, q) / step                                              # (B, M, h, w)
         noisy = u + torch.rand_like(u) - 0.5                                        # (B, M, h, w)
         rounded = u + (u.round() - u).detach()                                      # (B, M, h, w)
@@ -376,7 +377,7 @@ class Diffusion(nn.Module):
         eps = torch.randn_like(x)                                                   # (B, 3, H, W)
         return log_snr, alpha * x + sigma * eps, alpha * eps - sigma * x
 
-    def forward(self, x, x_hat, q):
+    def forward(self, x, q, x_hat):
         """The training objective: mean squared error on v, t uniform. A scalar. x, x_hat: (B, 3,
         H, W) in [-1, 1]; q: (B,)."""
         log_snr, z, v = self.diffuse(x)
@@ -468,7 +469,7 @@ class Preconditioned(Diffusion):
         gain, shift = self.net(planes, log_snr, q).chunk(2, dim=1)               # (B, 12, H/2, W/2)
         return from_planes(mean + s / S.sqrt() * (gain * whitened + shift))         # (B, 3, H, W)
 
-    def forward(self, x, x_hat, q, *given):
+    def forward(self, x, q, x_hat, *given):
         """The training objective: the squared error of v over its variance in closed form, so that
         1 means that the network adds nothing. Planes count in proportion to their s."""
         log_snr, z, v = self.diffuse(x)
@@ -508,12 +509,12 @@ class DiffusionPlus(Preconditioned):
         hints = F.interpolate(hints, (z.shape[2] // 2, z.shape[3] // 2))          # (B, 2, H/2, W/2)
         return super().velocity(z, log_snr, q, x_hat, hints)
 
-    def forward(self, x, x_hat, q):
+    def forward(self, x, q, x_hat):
         """The training objective: half of the pictures come with a map, in blocks of 16 to 64."""
         block = math.gcd(16 << int(torch.randint(3, ())), *x.shape[2:])
         energy = residual_energy(x, x_hat, self.residual_std[q], block)             # (B, 1, ., .)
         with_map = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5               # (B, 1, 1, 1)
-        return super().forward(x, x_hat, q, energy.where(with_map, -1.0))
+        return super().forward(x, q, x_hat, energy.where(with_map, -1.0))
 
 
 # Extension 3: rectified flow, the paper's other decoder -------------------------------------------

@@ -323,14 +323,6 @@ class Run:
 
     def load(self):
         """Take over what an earlier run saved. HFDError if it does not fit."""
-        if not self.args.state.exists():                    # what ships is nearly as good a start
-            self.say(f"note: {self.args.state} is gone; going on from the averaged weights alone")
-            _, arrays = hfd.read_archive(self.args.part)
-            weights = {name.removeprefix("weights."): torch.from_numpy(a)
-                       for name, a in arrays.items() if name.startswith("weights.")}
-            for module in (self.model, self.average):
-                module.load_state_dict(weights)
-            return
         _, arrays = hfd.read_archive(self.args.state)
         if self.step:                                       # the optimizers have a memory, too:
             for p in self.learned:                          # a step of length 0 makes room for it
@@ -437,12 +429,11 @@ def train_diffusion(args, device, known):
 
     if old:
         model.load_state_dict(old.state_dict())
-    else:
-        crops = photos.crops(256, args.crop + 2 * MARGIN)       # (256, 3, ., .), for every level
-        for level in range(levels):
-            q = torch.full((16,), level, device=device)
-            gaps = torch.cat([torch.sub(*pairs(part, q)) for part in crops.split(16)])
-            model.residual_std[level] = hfd.to_planes(gaps).square().mean(dim=(0, 2, 3)).sqrt()
+    crops = photos.crops(256, args.crop + 2 * MARGIN)           # (256, 3, ., .), for every level
+    for level in range(levels):
+        q = torch.full((16,), level, device=device)
+        gaps = torch.cat([torch.sub(*pairs(part, q)) for part in crops.split(16)])
+        model.residual_std[level] = hfd.to_planes(gaps).square().mean(dim=(0, 2, 3)).sqrt()
     blocks, rest = [], []
     for name, p in model.named_parameters():
         (blocks if p.ndim == 4 and ".conv" in name else rest).append(p)
@@ -452,13 +443,14 @@ def train_diffusion(args, device, known):
 
     @functools.lru_cache(1)
     def pool(number, size, batch):
-        """Pairs (x, x_hat, q) for POOL steps. An x_hat is dear, but a pair can serve several draws
-        of time and noise, and serves four on average. All depends on the number alone: a run may be
-        resumed half-way through a pool."""
+        """(x, q, x_hat) for POOL steps. An x_hat is dear, but can serve several draws of time and
+        noise, and serves four on average. All depends on the number alone: so a run may be resumed
+        half-way through a pool."""
         run.seed(-1 - number)
         q = torch.randint(levels, (POOL // 4 * batch,)).to(device)                  # (N,)
         made = [pairs(photos.crops(batch, size + 2 * MARGIN), part) for part in q.split(batch)]
-        return *(torch.cat(each) for each in zip(*made)), q
+        x, x_hat = (torch.cat(each) for each in zip(*made))                # (N, 3, size, size) each
+        return x, q, x_hat
 
     def batch_loss(step, size, batch):
         """The mean objective over pairs drawn from the pool."""
@@ -520,7 +512,7 @@ def parsed(argv):
     state = part.with_suffix(".training.npz")
     recipe = {"commands": [], "settings": {}, "steps": 0, "gigapixels": 0.0, "minutes": 0.0}
     if args.resume:
-        about, _ = hfd.read_archive(state if state.exists() else part)
+        about, _ = hfd.read_archive(state)
         try:
             recipe = {name: type(new)(about["recipe"][name]) for name, new in recipe.items()}
         except (LookupError, TypeError, ValueError, OverflowError) as error:

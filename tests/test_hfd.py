@@ -70,7 +70,7 @@ def test_gradients_reach_everything(build, settings):
     if build is small_autoencoder:
         model(x, q)["loss"].mean().backward()
     else:
-        model(x, x + 0.1 * torch.randn_like(x), q).backward()
+        model(x, q, x + 0.1 * torch.randn_like(x)).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
         assert len(p) != 6 or p.grad.flatten(1).any(dim=1).all(), name          # of each level
@@ -134,7 +134,7 @@ def test_velocity_identities():
     assert torch.allclose(t.sort().values.diff(), torch.full((7,), 1 / 8), atol=1e-3)
     assert not torch.equal(model.diffuse(x)[0], log_snr)
     model.velocity, model.diffuse = lambda *given: v + 0.1, lambda x: (log_snr, z, v)
-    assert model(x, x, None).item() == pytest.approx(0.01, rel=1e-3)
+    assert model(x, None, x).item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_ancestral_step_is_the_posterior():
@@ -200,7 +200,7 @@ def test_closed_form_start(kind):
     mean = x_hat + hfd.from_planes(gain * hfd.to_planes(z - alpha * x_hat))
     assert torch.allclose(model.predict_x(z, log_snr, q, x_hat), mean, atol=1e-6)
     x = x_hat + hfd.from_planes(s * torch.randn(24, 12, 16, 16))
-    assert model(x, x_hat, q).item() == pytest.approx(1, abs=0.03)
+    assert model(x, q, x_hat).item() == pytest.approx(1, abs=0.03)
 
 
 def test_hfd_plus():
@@ -218,7 +218,7 @@ def test_hfd_plus():
     assert seen[0][0, 0, ::16, ::16].tolist() == [[0.5, -1, -1], [0, -1, -1]]
     assert not seen[1].any() and not seen[2].any()
     x = torch.zeros(100, 3, 16, 16)
-    model(x, x + 0.2, torch.zeros(100).long())                  # level 6, seen as (6 - 4) / 4
+    model(x, torch.zeros(100).long(), x + 0.2)                  # level 6, seen as (6 - 4) / 4
     there = seen[3][:, 1, 0, 0]
     assert (seen[3] == torch.stack([there / 2, there], dim=1)[:, :, None, None]).all()
     assert 25 < there.sum() < 75
