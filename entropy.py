@@ -1,14 +1,13 @@
 """Bits: from the probability of a latent to the bytes of a file, and back.
 
-A latent y has been rounded to integers k, and these must become as few bytes as possible, without
-loss. Part I is complete by itself, and three ideas long:
+A latent y has been rounded to integers k. Part I codes these without loss, and is three ideas long:
 
 1. A *factorized prior* (Balle et al. 2018, appendix 6.1) gives every latent channel a learned
    distribution. An integer's probability is what lies in its bin, however wide the bins are.
 2. *Integer tables*. A decoder on another machine must reach exactly the same probabilities, and
    floating point does not promise that. So when training saves, the prior is frozen to integers.
 3. A *range coder* (Martin 1979) turns symbols and tables into bytes, within a fraction of a per
-   cent of the cross-entropy, which is what the training's loss estimates.
+   cent of the cross-entropy under these tables.
 
 Part II goes beyond the minimum: a *context model* moves and widens the prior symbol by symbol. M
 channels, Q quality levels; latents are (B, M, h, w) of B pictures or (M, h, w) of one. A level q is
@@ -28,7 +27,6 @@ from torch import nn
 
 # Part I. A complete codec for latents =============================================================
 # 1. The factorized prior --------------------------------------------------------------------------
-
 WIDTHS, FINEST = 49, -24        # of the tables below: 2^(FINEST / 4) and so on, four to an octave
 LIMITS = FINEST / 4, (FINEST + WIDTHS - 1) / 4          # the same in octaves
 
@@ -51,9 +49,9 @@ class FactorizedPrior(nn.Module):
 
     def __init__(self, channels, levels):
         super().__init__()
-        narrow_to_wide = torch.logspace(math.log10(0.25), math.log10(2.5), 3)
+        narrow_to_wide = torch.linspace(math.log(0.25), math.log(2.5), 3)
         self.logits = nn.Parameter(torch.zeros(3))                      # (3,) of the w_i
-        self.log_widths = nn.Parameter(narrow_to_wide.log())            # (3,) of the s_i
+        self.log_widths = nn.Parameter(narrow_to_wide)                  # (3,) of the s_i
         self.octaves = nn.Parameter(torch.zeros(channels))              # (M,) log2 width_m
         self.by_level = nn.Parameter(torch.zeros(levels, channels))     # (Q, M) added at each level
 
@@ -160,32 +158,24 @@ class Tables:
             raise ValueError("tables are not made of integers of the right size")
         low, size, start, cdf = (a.astype(np.int64) for a in arrays[:4])
         high, length = low + size - 2, size + 1             # high: the largest symbol with an entry
-        if not ((-MAX_SYMBOL <= low) & (low <= 0) & (0 <= high) & (high <= MAX_SYMBOL)).all():
-            raise ValueError("a probability table does not hold the symbol 0, or holds too many")
-        if (not low.shape == size.shape == start.shape == (T,) or cdf.shape != (length.sum(),) or
-                (start != length.cumsum() - length).any()):
-            raise ValueError("probability tables have the wrong shape, or do not lie side by side")
-        counts = np.delete(np.diff(cdf), start[1:] - 1)     # but from one table to the next
-        if cdf[start].any() or (cdf[start + size] != TOTAL).any() or counts.min() <= 0:
-            raise ValueError(f"a probability table is not increasing from 0 to {TOTAL}")
-        clipped = np.clip(self.octaves, OCTAVE * LIMITS[0], OCTAVE * LIMITS[1])
-        # (Fewer than 2^14 channels in all: so sums in Part II are exact in float64.)
-        if not 0 < self.octaves.size < 1 << 14 or (clipped != self.octaves).any():
+        if not (low.shape == size.shape == start.shape == (T,) and cdf.shape == (length.sum(),)
+                and ((-MAX_SYMBOL <= low) & (low <= 0) & (0 <= high) & (high <= MAX_SYMBOL)).all()
+                and (start == length.cumsum() - length).all()                   # side by side
+                and not cdf[start].any() and (cdf[start + size] == TOTAL).all()
+                and (np.delete(np.diff(cdf), start[1:] - 1) > 0).all()):        # each by itself
+            raise ValueError("the probability tables are damaged")
+        # (Fewer than 2^14 channels of all levels: so sums in Part II are exact in float64.)
+        if not 0 < self.octaves.size < 1 << 14 or np.abs(self.octaves / OCTAVE).max() > LIMITS[1]:
             raise ValueError("the prior has widths that there are no tables for")
         return self
 
     def walk(self, k, q, visit):
         """Go through a latent k, int64 (M, h, w), at level q in the order in which it is coded.
 
-        Here channel m has one table, which[m]. So encoder and decoder are, in principle,
-
-            for m in range(M): encode k[m] with table which[m]
-            for m in range(M): k[m] = decode with table which[m]
-
-        If the two ever differ, files are lost, and in Part II much more happens in them. So there
-        is one loop, and its middle is handed in: visit(which, values) codes values (n,) with the
-        tables `which` (n,). An encoder returns the values that it was given; a decoder looks at
-        `which` alone and returns what it reads, and k is filled with it."""
+        If encoder and decoder ever differ, files are lost. So they share this loop, and hand in its
+        middle: visit(which, values) codes values (n,) with the tables `which` (n,). An encoder
+        returns the values that it was given; a decoder looks at `which` alone and returns what it
+        reads, and k is filled with it."""
         which = table_of(self.octaves[q])                                           # (M,)
         for m, channel in enumerate(k):
             values = visit(np.full(channel.size, which[m]), channel.ravel())        # (h*w,)
@@ -203,8 +193,7 @@ class Tables:
 #   low  <  2^65             64 bits and at most one carry, into the byte written last
 #
 # So what is written are digits to the base 256 that may be as large as 511, and `finish` makes
-# bytes of them, as in school. (No carry leaves the first one: low + range never grows past the end
-# of the interval it started in.)
+# bytes of them. (No carry leaves the first: low + range never grows past the interval's end.)
 
 TOP, BOTTOM = 1 << 64, 1 << 56
 BYTE = list(range(0, TOTAL + 1, TOTAL // 256))              # 256 equally likely values, for escapes
@@ -233,10 +222,8 @@ class RangeEncoder:
     def finish(self):
         """The bytes of the message. The decoder reads up to 8 zeros past the end, so take the
         number in the interval that ends in the most zeros, and do not write them."""
-        for zeros in range(64, -1, -8):
-            value = -(-self.low >> zeros) << zeros          # the first >= low with so many zeros
-            if value < self.low + self.range:
-                break
+        rounded = (-(-self.low >> zeros) << zeros for zeros in range(64, -1, -8))   # up: all >= low
+        value = next(value for value in rounded if value < self.low + self.range)
         bytes_, carries = bytes(d & 255 for d in self.digits), bytes(d >> 8 for d in self.digits)
         message = (int.from_bytes(bytes_) << 64) + (int.from_bytes(carries) << 72) + value
         message = message.to_bytes(len(bytes_) + 8)
@@ -248,13 +235,12 @@ class RangeDecoder:
     0 <= code < range if an encoder wrote the data; other data raises ValueError, or decodes."""
 
     def __init__(self, data):
-        self.data, self.position = data, 8
-        self.code, self.range = int.from_bytes(data[:8].ljust(8, b"\0"), "big"), TOP
+        self.data, self.position = data + bytes(8), 8       # an encoder leaves out 8 zeros at most
+        self.code, self.range = int.from_bytes(self.data[:8]), TOP
 
     def decode(self, cdfs):
         """The next symbols, as indices into their tables: the lists [0, ..., TOTAL] in cdfs."""
-        code, range_, data, position = self.code, self.range, self.data, self.position
-        end, indices = len(data), []
+        code, range_, data, position, indices = self.code, self.range, self.data, self.position, []
         for cdf in cdfs:
             unit = range_ >> PRECISION
             index = bisect_right(cdf, code // unit) - 1     # the entry whose counts hold the code
@@ -263,12 +249,12 @@ class RangeDecoder:
             code -= unit * cdf[index]
             range_ = unit * (cdf[index + 1] - cdf[index])
             while range_ < BOTTOM:
-                code = (code << 8) | (data[position] if position < end else 0)
+                if position == len(data):
+                    raise ValueError("the range-coded data ends too early")
+                code = code << 8 | data[position]
                 position += 1
                 range_ <<= 8
             indices.append(index)
-        if position > end + 8:                              # no more than 8 zeros were left out
-            raise ValueError("the range-coded data ends too early")
         self.code, self.range, self.position = code, range_, position
         return indices
 
@@ -302,7 +288,7 @@ def decode(data, tables, q, shape):
         index = np.array(coder.decode([cdfs[t] for t in which.tolist()]), np.int64)         # (n,)
         values = index + tables.low[which]                                          # (n,)
         for i in np.flatnonzero(index == tables.size[which] - 1):
-            values[i] = int.from_bytes(bytes(coder.decode([BYTE] * 4)), "big", signed=True)
+            values[i] = int.from_bytes(bytes(coder.decode([BYTE] * 4)), signed=True)
         return values
     tables.walk(k, q, read)
     return k
@@ -326,41 +312,28 @@ def decode(data, tables, q, shape):
 # square of these, between four corners; then the middle of every side, between four again. Now it
 # is one in four, and so on. Half of all cells come last, between four.
 
-REACH, GAPS = 8, (4, 2, 1)                      # cells between those that come first, and later
-PASSES = 1 + 2 * len(GAPS)
+REACH = 8                                   # cells between those that come first
+PASSES = 1 + 2 * 3                          # those, and two whenever that distance is halved
 CORNERS = np.array([(-1, -1, 1, 1), (-1, 1, -1, 1)])[..., None]                     # (2, 4, 1)
 SIDES = np.array([(-1, 1, 0, 0), (0, 0, -1, 1)])[..., None]                         # (2, 4, 1)
 
 
 @functools.lru_cache(8)
-def coarse_to_fine(h, w):
-    """The PASSES passes over an (h, w) channel, whose cells are numbered row by row: a list of
-    (cells, around, share). cells: (n,) the numbers of those that are coded in this pass; around:
-    (4, n) of the neighbours known by then, h*w in place of one beyond the border, and of all in the
-    first pass; share: (n,) 12 / (how many there are): means of 1 to 4 are whole in twelfths."""
+def coarse_to_fine(h, w, device="cpu"):
+    """(turn, around, share) of the cells of an (h, w) channel, which are numbered row by row. turn:
+    (h*w,) the pass, 0 .. PASSES - 1, in which each is coded; around: (4, h*w) the numbers of its
+    neighbours known by then, h*w in place of one beyond the border, and of all in the first pass;
+    share: (h*w,) 12 / (how many there are): means of 1 to 4 are whole in twelfths."""
     i, j = np.divmod(np.arange(h * w), w)                                           # (h*w,) each
+    gap = np.gcd(np.gcd(i, j), REACH)                       # (h*w,) to the neighbours: 8, 4, 2, 1
+    middle = i // gap % 2 & j // gap % 2                    # (h*w,) of a square: 1; of a side: 0
+    turn = np.where(gap < REACH, 2 * np.log2(REACH / gap).astype(int) - middle, 0)  # (h*w,)
+    di, dj = REACH + gap * np.where(middle, CORNERS, SIDES)                         # (4, h*w) each
     number = np.pad(np.arange(h * w).reshape(h, w), REACH, constant_values=h * w)
-    first = np.flatnonzero((i % REACH == 0) & (j % REACH == 0))                     # (n,)
-    passes = [(first, np.full((4, len(first)), h * w), np.full(len(first), 12))]
-    for gap in GAPS:
-        grid = (i % gap == 0) & (j % gap == 0)              # (h*w,) what is known after these two
-        down, right = i % (2 * gap) > 0, j % (2 * gap) > 0  # (h*w,) between lines of what is known
-        for chosen, towards in ((down & right, CORNERS), (down != right, SIDES)):
-            cells = np.flatnonzero(grid & chosen)                                   # (n,)
-            di, dj = REACH + gap * towards                                          # (4, 1) each
-            around = number[i[cells] + di, j[cells] + dj]                           # (4, n)
-            passes.append((cells, around, 12 // np.maximum((around < h * w).sum(0), 1)))
-    return passes
-
-
-@functools.lru_cache(8)
-def neighbours_on(h, w, device):
-    """The same for training, where all passes are one: (turn, around, share) of each cell, (h*w,),
-    (4, h*w) and (h*w,), uploaded once. turn: in which pass it is coded."""
-    passes = coarse_to_fine(h, w)
-    turn = np.repeat(range(PASSES), [len(cells) for cells, _, _ in passes])         # (h*w,)
-    cells, around, share = (np.concatenate(a, axis=-1) for a in zip(*passes))       # of `passes`
-    return [torch.from_numpy(a[..., cells.argsort()]).to(device) for a in (turn, around, share)]
+    around = np.asfortranarray(number[i + di, j + dj])      # (4, h*w), the four side by side
+    around[:, turn == 0] = h * w
+    share = 12 // np.maximum((around < h * w).sum(0), 1)                            # (h*w,)
+    return [torch.from_numpy(a).to(device) for a in (turn, around, share)]
 
 
 class ContextPrior(FactorizedPrior):
@@ -382,7 +355,7 @@ class ContextPrior(FactorizedPrior):
         here, about = (a.abs().tril(-1) @ size for a in (self.across, self.window))  # (B, M, h*w)
         about = F.avg_pool2d(about.view(k.shape), 3, stride=1, padding=1).flatten(2)  # (B, M, h*w)
         # In its own channel. Beyond the border, in cell h*w, is a zero.
-        turn, around, share = neighbours_on(*k.shape[2:], k.device)     # (h*w,), of around (4, h*w)
+        turn, around, share = coarse_to_fine(*k.shape[2:], k.device)    # (h*w,), of around (4, h*w)
         mean, near = (F.pad(of, (0, 1))[..., around].sum(2) * share / 12
                       for of in (k.flatten(2), size))                               # (B, M, h*w)
         by_pass, shift, weight = (a.T[:, turn] for a in (self.by_pass, self.shift, self.near.abs()))
@@ -403,7 +376,6 @@ class ContextPrior(FactorizedPrior):
 
 
 # 5. The same walk in exact integers ---------------------------------------------------------------
-
 SHIFTS = 8                  # mu is rounded to eighths: so many tables per width
 SIZE = 1 << 12              # a size of 1, a whole width, in integers
 LARGEST = 1 << 12           # larger sizes count as this
@@ -452,20 +424,22 @@ class ContextTables(Tables):
         """As Tables.walk: channel by channel, and within each from coarse to fine."""
         M, h, w = k.shape
         octaves = self.octaves[q]                                                   # (M,)
-        one_in_widths = SIZE * POWERS[20 * OCTAVE - octaves] >> 20                # (M,) 2^-octaves
-        # Float64 has the fast matrix products. These are exact, whatever the order: all sums are
-        # integers below M * 2^15 * 2^24 < 2^53.
+        one_in_widths = SIZE * POWERS[20 * OCTAVE - octaves] >> 20    # (M,) 2^-octaves, in 1 / SIZE
+        # Float64 has the fast matrix products, exact for integers: sums are < M 2^15 2^24 < 2^53.
         weights = np.stack([self.across, self.window], axis=1).astype(np.float64)   # (M, 2, M)
-        known = np.empty((M, h * w))                        # sizes in the channels before
+        known = np.empty((M, h * w))                        # sizes: the channels before
+        turn, *neighbours = (a.numpy() for a in coarse_to_fine(h, w))   # (h*w,); (4, h*w), (h*w,)
+        passes = [(cells, *(a[..., cells] for a in neighbours))
+                  for cells in map(np.flatnonzero, turn == np.arange(PASSES)[:, None])]     # (n,)
         one = WEIGHT * SIZE                                # a size of 1 with a weight of 1
         for m in range(M):
             here, about = (weights[m, :, :m] @ known[:m]).astype(np.int64)          # (h*w,) each
             about = np.pad(about.reshape(h, w), 1)                                  # (h+2, w+2)
             windows = np.lib.stride_tricks.sliding_window_view(about, (3, 3))       # (h, w, 3, 3)
             total = one + here + windows.sum((2, 3)).ravel() // 9                   # (h*w,)
-            values = np.append(k[m], 0)                     # the last one stands for the border
-            sizes = np.zeros_like(values)
-            for n, (cells, around, share) in enumerate(coarse_to_fine(h, w)):
+            values = np.append(k[m], 0)     # (h*w + 1,), the last one stands for the border
+            sizes = np.zeros_like(values)                                           # (h*w + 1,)
+            for n, (cells, around, share) in enumerate(passes):
                 wide = total[cells] + sizes[around].sum(0) * share * self.near[n, m] // 12  # (n,)
                 octave = octaves_of(wide) - octaves_of(one) + octaves[m] + self.by_pass[n, m]
                 # mu, a whole part and -4 .. 3 eighths. With 2.7, rounded to 22 eighths, these are 3
@@ -501,9 +475,6 @@ class MapTables(Tables):
 
     def walk(self, k, q, visit):
         """As Tables.walk, of a map k, int64 (1, h, w): entry by entry."""
-        above = [len(self.low) // 2]
-        for row in k[0]:
-            before = above
-            for j in range(len(row)):
-                row[j:j + 1] = before = visit(np.array(before), row[j:j + 1])
-            above = row[:1]
+        for i, j in np.ndindex(k.shape[1:]):
+            before = k[0, i, j - 1] if j else k[0, i - 1, 0] if i else len(self.low) // 2
+            k[0, i, j:j + 1] = visit(np.array([before]), k[0, i, j:j + 1])

@@ -24,7 +24,6 @@ import math
 import os
 import shutil
 import warnings
-import zipfile
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -36,7 +35,6 @@ from torch import nn
 import entropy
 
 # Stage 1: the autoencoder -------------------------------------------------------------------------
-
 CELL = 16   # pixels per latent sample and side. Every total stride divides it; pictures are padded.
 
 
@@ -97,10 +95,9 @@ class ResidualBlock(nn.Module):
 
 
 class Transform(nn.Module):
-    """A linear path plus a deep one. The linear one is a convolution that starts as a transform
-    codec; the deep one, after ELIC (He et al. 2022), starts at zero. Its strides are
-    `PixelUnshuffle`, 2x2 pixels to four times the channels: nothing runs at full resolution. A
-    subclass sets `linear` and `deep`."""
+    """A path `linear` plus a path `deep`. The first is a convolution that starts as a transform
+    codec; the second, after ELIC (He et al. 2022), starts at zero. Its strides are 2x2 pixels that
+    become four times the channels, or back: nothing runs at full resolution."""
 
     def forward(self, x, q):
         """x: (B, C, ., .), as both paths take it; q: (B,). Returns float32."""
@@ -157,9 +154,9 @@ class Autoencoder(nn.Module):
     """Transforms, quantization steps and prior. The paper trains one autoencoder per rate. This one
     serves the whole curve: each quality level has a quantization step of its own per channel."""
 
-    def __init__(self, config=None):
+    def __init__(self, config):
         super().__init__()
-        self.config = config = config or AutoencoderConfig()
+        self.config = config
         with torch.device("cpu"):           # as load_part builds the rest where nothing has values
             basis = transform_basis(config.latents)                                 # (M, 3, 32, 32)
             lambdas = torch.tensor(config.lambdas, dtype=torch.float32)             # (Q,)
@@ -185,8 +182,8 @@ class Autoencoder(nn.Module):
 
     def forward(self, x, q):
         """The training objective, rate + lambda * MSE (Balle et al. 2017). x: (B, 3, H, W), sides
-        multiples of 16; q: (B,). Returns (B,) tensors: `loss`, `bpp` (estimated bits per pixel) and
-        `mse` (per channel, on the scale 0..255)."""
+        multiples of 16; q: (B,). Returns (B,) tensors: `loss`, `bpp` (estimated) and `mse` (on the
+        scale 0..255)."""
         step, lambdas = self.step(q), self.lambdas[q]
         # Rounding has no gradient. For the rate, uniform noise as wide as a step stands in for it:
         # the noisy latent's density is, at every integer, exactly that bin's probability. But the
@@ -241,8 +238,7 @@ def log_snr_at(t, eta):
     eta = 1 is the cosine schedule (Nichol & Dhariwal 2021, without their offset). The paper takes
     eta = 0.5, *less* noise: x_hat tells the structure, and little hides the fine detail that is
     left to decide. (Text to image shifts the other way.) t: tensor in [0, 1]. Returns its shape."""
-    # tan = sin / cos, and cos(pi t / 2) = sin(pi (1 - t) / 2), which is not negative at t = 1,
-    # as the cosine is in floating point.
+    # tan = sin / cos, and the cosine is sin(pi (1 - t) / 2): itself it rounds below 0 at t = 1.
     noise, signal = torch.sin(math.pi / 2 * t), torch.sin(math.pi / 2 * (1 - t))
     return (-2 * torch.log(eta * noise / signal)).clamp(-15, 15)
 
@@ -282,16 +278,16 @@ class UNet(nn.Module):
 
     def __init__(self, inputs, outputs, config):
         super().__init__()
-        widths, C = config.widths, 128                      # C features tell noise and level
-        self.level = nn.Embedding(config.levels, C)
-        self.embed = nn.Sequential(nn.Linear(64, C), nn.SiLU(), nn.Linear(C, C))
+        widths, features = config.widths, 128               # these tell noise and level
+        self.level = nn.Embedding(config.levels, features)
+        self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, features))
         frequencies = torch.logspace(-1.5, 0.5, 32, device="cpu")                   # slow to fast
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.stem = nn.Conv2d(inputs, widths[0], 3, padding=1)
         self.down, self.up, self.shrink, self.grow = (nn.ModuleList() for _ in range(4))
         for way in self.down, self.up:
             for width, count in zip(widths, config.blocks):
-                way.append(nn.ModuleList(UNetBlock(width, C) for _ in range(count)))
+                way.append(nn.ModuleList(UNetBlock(width, features) for _ in range(count)))
         for a, b in zip(widths, widths[1:]):
             self.shrink.append(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1)))
             self.grow.append(nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)))
@@ -310,7 +306,7 @@ class UNet(nn.Module):
             for block in blocks:
                 h = block(h, c)                                                  # (B, Ci, h/2^i, .)
             shortcuts.append(h)
-            h = shrink(h)                                                         # (B, C(i+1), ...)
+            h = shrink(h)                                                        # (B, C(i+1), ., .)
         for block in (*self.down[-1], *self.up[-1]):
             h = block(h, c)                                                      # at the bottom
         for blocks, grow in reversed([*zip(self.up, self.grow)]):
@@ -345,16 +341,10 @@ class Diffusion(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.schedule = config, SCHEDULES[config.objective]
         self.net = UNet(self.inputs, self.outputs, config)
-        # The rms of x - x_hat in each plane (see to_planes) at each level, (Q, 12): measured when
-        # training starts. The plain loss does without.
+        # (Q, 12) the rms of x - x_hat at each level in each plane (see to_planes): measured first.
         self.register_buffer("residual_std", torch.full((config.levels, 12), 0.1))
-
-    def schedule(self, t, eta=None):
-        """log_snr at times t, a tensor in [0, 1]. eta: None for that of training. But the network
-        is told log_snr, not t: it can be sampled under any eta."""
-        return SCHEDULES[self.config.objective](t, eta or self.config.eta)
 
     def velocity(self, z, log_snr, q, x_hat):
         """The network's v for z_t = z, both (B, 3, H, W); log_snr, q: (B,)."""
@@ -372,7 +362,7 @@ class Diffusion(nn.Module):
         # One random number, spread evenly: each batch sees all times (Kingma et al. 2021).
         B = len(x)
         t = (torch.rand((), device=x.device) + torch.arange(B, device=x.device) / B) % 1    # (B,)
-        log_snr = self.schedule(t)                                                  # (B,)
+        log_snr = self.schedule(t, self.config.eta)                                 # (B,)
         alpha, sigma = alpha_sigma(log_snr[:, None, None, None])                 # (B, 1, 1, 1) each
         eps = torch.randn_like(x)                                                   # (B, 3, H, W)
         return log_snr, alpha * x + sigma * eps, alpha * eps - sigma * x
@@ -385,7 +375,6 @@ class Diffusion(nn.Module):
 
 
 # Sampling: from noise back to a picture -----------------------------------------------------------
-
 def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
     """Ancestral sampling, from t to a smaller s (Ho et al. 2020, as in Kingma et al. 2021): draw
     z_s from
@@ -401,24 +390,22 @@ def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
 
 
 @torch.no_grad()
-def sample_loop(predict_x, steps, step, schedule, noise, on_step=lambda done: None):
+def sample_loop(predict_x, steps, step, schedule, noise, on_step=lambda: None):
     """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
 
     predict_x(z, log_snr): the denoiser, log_snr a float64 scalar tensor; step: ddpm_step or another
-    one; schedule: t to log_snr, tensors; noise(): a fresh standard normal tensor; on_step is told
-    how many steps are done. Returns the last x of the denoiser, in the shape of noise()."""
+    one; schedule: t to log_snr, tensors; noise(): a fresh standard normal tensor; on_step(): called
+    after each evaluation. Returns the last x of the denoiser, in the shape of noise()."""
     log_snr = schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))        # (steps + 1,)
     z = noise()
-    for i in range(steps):
-        x = predict_x(z, log_snr[i])
-        on_step(i + 1)
-        if i + 1 < steps:
-            z = step(z, x, log_snr[i], log_snr[i + 1], noise)
+    for log_snr_t, log_snr_s in zip(log_snr, log_snr[1:]):
+        x = predict_x(z, log_snr_t)
+        on_step()
+        z = step(z, x, log_snr_t, log_snr_s, noise)
     return x
 
 
 # Extension 1: a closed-form start -----------------------------------------------------------------
-
 HAAR = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64) / math.sqrt(2)
 PLANES = torch.kron(COLOUR, torch.kron(HAAR, HAAR))         # (12, 12), orthonormal
 planes_on = functools.lru_cache(8)(PLANES.to)               # (device, dtype), uploaded once
@@ -480,7 +467,6 @@ class Preconditioned(Diffusion):
 
 
 # Extension 2: HFD+, a little side information (this map and its code are ours) --------------------
-
 ENERGY_LEVELS = 8   # of the map: powers of two of the residual's expected energy, from 2^-4 to 2^3
 MAP_TABLES = entropy.MapTables(ENERGY_LEVELS)
 
@@ -518,7 +504,6 @@ class DiffusionPlus(Preconditioned):
 
 
 # Extension 3: rectified flow, the paper's other decoder -------------------------------------------
-
 def flow_log_snr_at(t, eta):
     """Its schedule: 2 log((1 - t) / t), shifted by eta as the cosine's. t, returns: as log_snr_at.
 
@@ -532,7 +517,6 @@ def flow_log_snr_at(t, eta):
 
 
 # Extension 4: samplers for few steps --------------------------------------------------------------
-
 def ddim_step(z, x, log_snr_t, log_snr_s, noise=None):
     """DDIM (Song, Meng & Ermon 2021): as ddpm_step, but with the noise that z_t implies, not new,
     z_s = alpha_s x + sigma_s eps with eps = (z_t - alpha_t x) / sigma_t."""
@@ -546,14 +530,12 @@ class DPMStep:
     constant during a step, though it moves. So continue the line through its last two values to the
     middle of this step, in log_snr: second order, at the price of remembering one picture."""
 
-    def __init__(self):
-        self.x_before, self.log_snr_before = None, math.inf
+    x_before, log_snr_before = None, math.inf
 
     def __call__(self, z, x, log_snr_t, log_snr_s, noise=None):
         """As ddpm_step."""
         target = x
-        # (At first, and where log_snr is clamped, nothing moved.) target may overwrite x_before.
-        if log_snr_t > self.log_snr_before:
+        if log_snr_t > self.log_snr_before:     # not at first, nor where log_snr is clamped
             ratio = (log_snr_s - log_snr_t) / (log_snr_t - self.log_snr_before)
             target = torch.lerp(x, self.x_before, float(-ratio / 2), out=self.x_before)
         z, self.log_snr_before = ddim_step(z, target, log_snr_t, log_snr_s), log_snr_t
@@ -568,7 +550,6 @@ SAMPLERS = {"ddpm": lambda: ddpm_step, "ddim": lambda: ddim_step, "dpm": DPMStep
 
 
 # Pictures of any size, patch by patch -------------------------------------------------------------
-
 def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
     """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
 
@@ -579,8 +560,6 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
     inputs, out: (1, C, h, w), each at its own resolution, one at the picture's, whose sides are
     multiples of CELL; out is written to. tile, context: pixels, rounded up to cells, as strides
     need it; 160 do for the autoencoder. group: None, or (row % 2, column % 2) of those to visit."""
-    if any(len(t) != 1 for t in (*inputs, out)):
-        raise ValueError("one picture at a time: tensors of shape (1, C, H, W)")
     tile, context = math.ceil(tile / CELL), math.ceil(context / CELL)               # in cells now
     rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (2, 3))
 
@@ -613,7 +592,7 @@ def fast_bf16(device):
 
 
 def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, seed=0, eta=None,
-                   patch=PATCH, context=CONTEXT, on_step=lambda done: None, group=None, known=None):
+                   patch=PATCH, context=CONTEXT, on_step=lambda: None, group=None, known=None):
     """Sample a picture of any size, patch by patch, given x_hat (1, 3, H, W), sides multiples of
     16. Returns (1, 3, H, W) in [-1, 1].
 
@@ -643,6 +622,7 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
             apply_tiled(lambda z, *given: diffusion.predict_x(z, now, level, *given),
                         [z, *given], canvas, patch, context, group)
         return canvas
+    # The network is told log_snr, not t: so it can be sampled under another eta than in training.
     schedule = functools.partial(diffusion.schedule, eta=eta)
     x = sample_loop(predict_x, steps, SAMPLERS[sampler](), schedule, noise, on_step)
     return x.clamp_(-1, 1)                                                          # (1, 3, H, W)
@@ -661,7 +641,6 @@ def sample_in_groups(diffusion, x_hat, q, seed=0, **settings):
 
 
 # A model is a folder of arrays: autoencoder.npz and, after stage 2, denoiser.npz ------------------
-
 class HFDError(Exception):
     """Something the user can put right. One line: what is wrong, with which file, what to do."""
 
@@ -698,10 +677,9 @@ def write_archive(path, about, arrays):
 def read_archive(path):
     """(about, {name: NumPy array}). Nothing in the file can run. HFDError if it is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-                raise ValueError                            # it unpacks to more than its size
         with warnings.catch_warnings(action="ignore"), np.load(path, allow_pickle=False) as archive:
+            if sum(member.file_size for member in archive.zip.infolist()) > os.path.getsize(path):
+                raise ValueError                            # it unpacks to more than its size
             arrays = dict(archive)
         return dict(json.loads(arrays.pop("json").tobytes())), arrays
     except FileNotFoundError:
@@ -775,8 +753,6 @@ def load_model(folder, device="cpu"):
             model.diffusion, about, _ = load_part(path, DiffusionConfig, device)
             if about["autoencoder"] != model.identity.hex():
                 raise ValueError("it was trained for another autoencoder than the one beside it")
-            if model.diffusion.config.objective not in SCHEDULES:
-                raise ValueError("its objective is unknown")
             model.recipes["denoiser"] = about["recipe"]
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HFDError(f"{path}: cannot be used ({' '.join(str(error).split())[:120]})") from None

@@ -55,8 +55,6 @@ MODEL = str(Path(__file__).parent / "checkpoints")
 DETAIL = (325, 440, 453, 552)               # of the demo's portrait: cloth and ribbons
 
 # The file format ----------------------------------------------------------------------------------
-
-
 def compress(image, model, quality, seed=0, block=0):
     """PIL RGB image to (bytes of an .hfd file, report). quality: 1 .. Q, more is better and larger.
     block: 0, or one of BLOCKS to add the HFD+ map. HFDError for what cannot be coded so.
@@ -189,7 +187,6 @@ def clock(device):
 
 
 # Pictures in and out ------------------------------------------------------------------------------
-
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2    # Pillow warns at this and refuses at twice as many
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # some editors keep their history in a PNG's text
 
@@ -200,19 +197,16 @@ def open_picture(path):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return as_rgb(image)
-    except Image.DecompressionBombError:
-        raise HFDError(f"{path}: too large, over {MAX_PIXELS} pixels or 65535 a side") from None
     except Exception as error:      # a broken picture can make Pillow raise nearly anything
         raise HFDError(f"{path}: cannot be read as a picture ({error})") from None
 
 
 def as_rgb(image):
     """A PIL image that was just opened, as `open_picture` returns it. ValueError if it refuses."""
-    if max(image.size) > 65535:
-        raise Image.DecompressionBombError
     remarks = []
     deep = image.mode[0] == "I" or any(";16" in str(tile.args) for tile in image.tile)
-    # An EPS is a program, which Pillow would have run; floats ("F") may have any range.
+    # An EPS is a program, which Pillow would have run; floats ("F") may have any range; and if one
+    # colour of 16 bits stands for transparent, Pillow would look for it among those of 8.
     if image.format == "EPS" or image.mode == "F" or deep and "transparency" in image.info:
         raise ValueError("convert it to an 8-bit .png first")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # a phone's: a preview
@@ -234,17 +228,14 @@ def as_rgb(image):
     image = image.convert({"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     if profile:
         try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(image.mode, image.mode):
-                raise ImageCms.PyCMSError               # made for another kind of picture
-            srgb = ImageCms.createProfile("sRGB")
+            source, srgb = io.BytesIO(profile), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
             # Most profiles are sRGB's own under some name: not worth one more rounding.
             change = ImageChops.difference(image.convert("RGB"), converted).getextrema()
             if image.mode == "CMYK" or np.max(change) > 2:
                 remarks.append("colours are converted to sRGB")
                 image = converted
-        except (ImageCms.PyCMSError, OSError):
+        except ImageCms.PyCMSError:         # broken, or made for another kind of picture
             remarks.append("its colour profile cannot be used; colours are taken for sRGB")
     return image.convert("RGB"), remarks
 
@@ -297,15 +288,12 @@ def check_target(path, force, size=None):
 
 
 # The command line ---------------------------------------------------------------------------------
-
-
 def progress(steps):
     """A callback that shows, on one line of a terminal, how far sampling is."""
-    begin, calls = time.time(), itertools.count(1)
+    begin, calls = time.time(), itertools.count(1)      # for groups each begin to count anew
 
-    def show(_):
-        """Overwrite the line with the state after one more step. Groups each begin to count anew,
-        so count calls."""
+    def show():
+        """Overwrite the line with the state after one more step."""
         step = next(calls)
         left = (time.time() - begin) / step * (steps - step)
         print(f"\rsampling step {step}/{steps}, {left:.0f} s left ",
@@ -335,10 +323,10 @@ def run_compress(args):
 
 def run_decompress(args):
     """decompress: .hfd file to picture."""
-    eta = 1 if args.eta is None else args.eta
-    numbers = eta, args.steps, args.patch, args.context + 1
+    numbers = 1 if args.eta is None else args.eta, args.steps, args.patch, args.context + 1
     if not (0 <= args.rho <= 1 and all(0 < n < 2 ** 16 for n in numbers)):
-        raise HFDError("--rho must lie in [0, 1], --eta, --steps and --patch be above 0")
+        raise HFDError("--rho must lie in [0, 1], --context in [0, 65534], and --eta, --steps and "
+                       "--patch be above 0 and below 65536")
     data = Path(args.input).read_bytes()
     header = parse(data, args.input)                    # before a model is loaded for a broken file
     check_target(args.output, args.force, (header["width"], header["height"]))
@@ -367,8 +355,9 @@ def run_info(args):
     print(f"{args.path}: HFD file, version {VERSION}, made by model {header['identity'].hex()}")
     print(f"{width}x{height} pixels, quality {header['quality']}, seed {header['seed']}, " +
           (f"HFD+ map in blocks of {block}" if block else "no HFD+ map"))
+    latent = len(header["payload"])
     print(f"{len(data)} bytes ({8 * len(data) / (width * height):.4f} bpp): {HEADER_BYTES} header, "
-          f"{len(header['energy'])} map, {len(header['payload'])} latent")
+          f"{len(data) - HEADER_BYTES - latent} map, {latent} latent")
 
 
 def portrait():
@@ -393,12 +382,12 @@ def largest_within(size, image, kind="jpeg", **options):
 def contact_sheet(pictures, detail, zoom):
     """Pictures side by side, each (caption, PIL image), and below each an enlarged detail (left,
     top, right, bottom)."""
-    (left, top, right, bottom), columns = detail, []
-    size = (right - left) * zoom, (bottom - top) * zoom
+    columns = []
     for caption, image in pictures:
-        column = ImageOps.expand(image, (0, 30, 8, 8 + size[1]), "white")
+        enlarged = ImageOps.scale(image.crop(detail), zoom, Image.NEAREST)
+        column = ImageOps.expand(image, (0, 30, 8, 8 + enlarged.height), "white")
         ImageDraw.Draw(column).text((4, 3), caption, "black", ImageFont.load_default(20))
-        column.paste(image.crop(detail).resize(size, Image.NEAREST), (0, 38 + image.height))
+        column.paste(enlarged, (0, 38 + image.height))
         columns.append(np.asarray(column))
     return Image.fromarray(np.hstack(columns)[:, :-8])
 
@@ -440,12 +429,11 @@ def command_line():
     """The parser of all commands, with every default in its help."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo, c, d, info = (commands.add_parser(name, help=text, formatter_class=Help) for name, text
-                        in (("demo", "compress and decode a portrait, and compare"),
-                            ("compress", "picture to .hfd file"),
-                            ("decompress", ".hfd file to picture"),
-                            ("info", "what a file or a model says of itself")))
+    add = parser.add_subparsers(dest="command", required=True).add_parser
+    demo = add("demo", help="compress and decode a portrait, and compare", formatter_class=Help)
+    c = add("compress", help="picture to .hfd file", formatter_class=Help)
+    d = add("decompress", help=".hfd file to picture", formatter_class=Help)
+    info = add("info", help="what a file or a model says of itself", formatter_class=Help)
     info.add_argument("path", nargs="?", default=MODEL, help=".hfd file, or a model's folder")
     demo.add_argument("--out", default="demo", help="folder for what it writes")
     c.add_argument("input", help="any picture that Pillow opens, of 8 or 16 bits and no PostScript")
@@ -495,9 +483,8 @@ def pick_device(name="auto"):
 
 def run(main):
     """Call main(); turn what a user can put right into one line and exit status 1."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                  # for names that a terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):                  # for names that a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")   # (stderr is set so from the start)
     try:
         main()
         sys.stdout.flush()

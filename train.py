@@ -34,8 +34,6 @@ import sample
 from hfd import HFDError
 
 # Pictures to learn from ---------------------------------------------------------------------------
-
-
 def dead_leaves(size, rng):
     """A dead leaves picture, uint8 (size, size, 3), by a NumPy Generator: discs that fall on one
     another until nothing shows through. The simplest model of why photographs look as they do (Lee,
@@ -99,6 +97,9 @@ class Photos:
         names = picture_files(folder) if folder else [None] * 64
         rng.shuffle(names)
         for name in names:
+            if total > megapixels:
+                print(f"warning: only {total:.3g} --megapixels were read", file=sys.stderr)
+                break
             try:
                 array = np.array(sample.open_picture(name)[0]) if name else dead_leaves(256, rng)
             except HFDError as error:
@@ -108,9 +109,6 @@ class Photos:
             array = np.pad(array, pad, mode="symmetric")                            # (H, W, 3)
             self.images.append(torch.from_numpy(array).permute(2, 0, 1).contiguous().to(device))
             total += array.shape[0] * array.shape[1] / 1e6
-            if total > megapixels:
-                print(f"warning: only {total:.0f} --megapixels were read", file=sys.stderr)
-                break
         if not self.images:
             raise HFDError(f"{folder}: no pictures found there; other --images, or none, may do")
         kind = "pictures" if folder else "dead leaves"
@@ -133,7 +131,6 @@ class Photos:
 
 
 # Optimizers ---------------------------------------------------------------------------------------
-
 # Each parameter group of an optimizer has a "peak", of which `fit` makes its learning rate.
 adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
@@ -144,19 +141,14 @@ class Muon(torch.optim.Optimizer):
     So take the nearest matrix with orthonormal rows instead, U V^T if the momentum is U S V^T:
     every direction moves equally far."""
 
-    def __init__(self, groups):
-        super().__init__(groups, {"lr": 0.0})
-
     @torch.no_grad()
     def step(self):
         """Update each parameter (outputs, inputs, 3, 3) by its gradient."""
         for group in self.param_groups:
             by_shape = {}                                   # those of one shape are done at once
             for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
-                ahead = p.grad + 0.95 * momentum                                    # Nesterov's
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                ahead = p.grad + 0.95 * momentum.mul_(0.95).add_(p.grad)            # Nesterov's
                 by_shape.setdefault(p.shape, []).append((p, ahead.flatten(1)))
             for pairs in by_shape.values():
                 steps = orthonormal(torch.stack([ahead for _, ahead in pairs]))
@@ -179,7 +171,6 @@ def orthonormal(matrices):
 
 
 # The loop that both stages share ------------------------------------------------------------------
-
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP     # Ctrl-C, a batch queue, a lost terminal
 
 
@@ -301,13 +292,11 @@ class Run:
 
     def tensors(self):
         """{name: tensor} of all that a step changes: weights, average, the optimizers' memory."""
-        found = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        found |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
         names = {p: name for name, p in self.model.named_parameters()}
-        for optimizer in self.optimizers:
-            for p, state in optimizer.state.items():
-                found |= {f"optimizer.{key}.{names[p]}": t for key, t in state.items()}
-        return found
+        return ({f"model.{name}": t for name, t in self.model.state_dict().items()}
+                | {f"average.{name}": t for name, t in self.average.state_dict().items()}
+                | {f"optimizer.{key}.{names[p]}": t for optimizer in self.optimizers
+                   for p, state in optimizer.state.items() for key, t in state.items()})
 
     def save(self):
         """Write what --resume needs, and then what ships."""
@@ -365,8 +354,6 @@ def peak_memory(device):
 
 
 # Stage 1: rate + lambda * MSE ---------------------------------------------------------------------
-
-
 def train_autoencoder(args, device, known):
     """Transforms, steps and prior, all levels at once (Balle et al. 2017). known: None or the
     hfd.Model to start from; if that has another prior, only the prior is learned."""
@@ -400,7 +387,6 @@ def train_autoencoder(args, device, known):
 
 
 # Stage 2: the diffusion model, given reconstructions ----------------------------------------------
-
 MARGIN = 16     # how much larger, all round, the crop is that x_hat is made of: borders are worse
 POOL = 16       # steps that draw from one pool of POOL / 4 batches: each pair serves about four
 
@@ -410,9 +396,8 @@ def train_diffusion(args, device, known):
     known: None or the hfd.Model whose denoiser to start from. HFDError if it has none that fits."""
     base, old = hfd.load_model(args.out, device), known and known.diffusion
     autoencoder, levels = base.autoencoder, len(base.autoencoder.lambdas)
-    asked = {flag: getattr(args, flag) for flag in ("kind", "eta", "objective")}
-    config = replace(old.config if old else hfd.DiffusionConfig(levels=levels),
-                     **{flag: value for flag, value in asked.items() if value is not None})
+    asked = {flag: value for flag in ("kind", "eta", "objective") if (value := vars(args)[flag])}
+    config = replace(old.config if old else hfd.DiffusionConfig(levels=levels), **asked)
     if known and (not old or (old.config.kind, config.levels) != (config.kind, levels)):
         raise HFDError(f"{args.init}: has no denoiser of that kind, for as many quality levels")
     model = hfd.DENOISERS[config.kind](config).to(device, memory_format=torch.channels_last)
@@ -438,14 +423,13 @@ def train_diffusion(args, device, known):
     for name, p in model.named_parameters():
         (blocks if p.ndim == 4 and ".conv" in name else rest).append(p)
     optimizers = [adam([{"params": rest, "peak": args.lr}]),
-                  Muon([{"params": blocks, "peak": 10 * args.lr}])]
+                  Muon([{"params": blocks, "peak": 10 * args.lr}], {"lr": 0.0})]
     run = Run(args, device, model, optimizers, photos, autoencoder=base.identity.hex())
 
     @functools.lru_cache(1)
     def pool(number, size, batch):
-        """(x, q, x_hat) for POOL steps. An x_hat is dear, but can serve several draws of time and
-        noise, and serves four on average. All depends on the number alone: so a run may be resumed
-        half-way through a pool."""
+        """(x, q, x_hat) for POOL steps: an x_hat is dear, but serves several draws of noise. All
+        depends on the number alone, so a run may be resumed half-way through a pool."""
         run.seed(-1 - number)
         q = torch.randint(levels, (POOL // 4 * batch,)).to(device)                  # (N,)
         made = [pairs(photos.crops(batch, size + 2 * MARGIN), part) for part in q.split(batch)]
@@ -463,16 +447,13 @@ def train_diffusion(args, device, known):
 
 
 # The command line ---------------------------------------------------------------------------------
-
-
 def command_line(**settings):
     """The parser of both stages, with every default in its help. settings: other defaults."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = parser.add_subparsers(dest="stage", required=True)
-    ae, diffusion = (stages.add_parser(name, help=text, formatter_class=sample.Help)
-                     for name, text in (("autoencoder", "stage 1: rate + lambda * MSE"),
-                                        ("diffusion", "stage 2: x given x_hat")))
+    add = parser.add_subparsers(dest="stage", required=True).add_parser
+    ae = add("autoencoder", help="stage 1: rate + lambda * MSE", formatter_class=sample.Help)
+    diffusion = add("diffusion", help="stage 2: x given x_hat", formatter_class=sample.Help)
     ae.add_argument("--prior", choices=entropy.PRIORS, default="context", help="Part I or II of "
                     "entropy.py; if --init has the other, only the prior is learned")
     diffusion.add_argument("--kind", choices=hfd.DENOISERS, help="plain v-prediction, with the "
@@ -483,16 +464,15 @@ def command_line(**settings):
                            "rectified flow; left out: --init's, or v")
     for p, batch, crop in ((ae, 8, 128), (diffusion, 16, 64)):
         for flag, kind, default, text in (
-                ("images", str, None, "folder of pictures, read with those inside it but hidden "
-                 "and linked folders, or one picture. Without: dead leaves"),
+                ("images", str, None, "folder of pictures, or one picture. Without: dead leaves"),
                 ("out", str, "runs/model", "folder of the model"),
                 ("init", str, None, "folder of a model to start from"),
                 ("seed", sample.seed_number, 0, "of everything random"),
                 ("device", str, "auto", "cuda, mps, cpu or auto"),
                 ("steps", int, 20_000, "optimizer steps; the learning rate falls to zero there"),
-                ("batch", int, batch, "crops per step (and per GPU)"),
+                ("batch", int, batch, "crops per step (and per GPU); a quarter as many at the end"),
                 ("crop", int, crop, "their side, a multiple of 16; twice that in the last quarter"),
-                ("lr", float, 1e-3, "peak learning rate of AdamW; Muon has ten times that"),
+                ("lr", float, 1e-3, "peak learning rate; in stage 2 Muon has ten times that"),
                 ("warmup", int, 200, "steps until the peak is reached"),
                 ("megapixels", float, 4000.0, "most picture data in memory (3 bytes a pixel)"),
                 ("variety", float, 0.25, "chance of each: resized, softened in colour, relit"),
@@ -520,11 +500,9 @@ def parsed(argv):
         args = command_line(**recipe["settings"]).parse_args(argv)
     elif part.exists():
         raise HFDError(f"{part}: exists already; --resume continues it, another --out starts anew")
-    for flag in ("steps", "batch", "crop", "warmup", "log_every", "save_every", "lr", "megapixels",
-                 "eta"):
-        value = vars(args).get(flag)                        # only stage 2 has an --eta
-        if value is not None and not 0 < value < 10 ** 9:
-            raise HFDError(f"--{flag.replace('_', '-')} must be above 0")
+    for flag, value in vars(args).items():
+        if type(value) in (int, float) and flag not in ("seed", "variety") and not 0 < value < 1e9:
+            raise HFDError(f"--{flag.replace('_', '-')} must be above 0, and below 10^9")
     if args.crop % hfd.CELL or not 0 <= args.variety <= 1:
         raise HFDError("--crop must be a multiple of 16, --variety lie in [0, 1]")
     recipe["settings"] = {flag: value for flag, value in vars(args).items()

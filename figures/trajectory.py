@@ -2,6 +2,8 @@
 
     python -m figures.trajectory --out figures
 """
+import functools
+
 import torch
 
 import hfd
@@ -23,7 +25,8 @@ def recorded(diffusion, x_hat, q, seed):
         frames.append((float(log_snr), z.clone(), x))
         return x
     eps = torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(seed)).to(x_hat.device)
-    hfd.sample_loop(predict_x, STEPS, hfd.ddim_step, diffusion.schedule, lambda: eps)
+    schedule = functools.partial(diffusion.schedule, eta=diffusion.config.eta)
+    hfd.sample_loop(predict_x, STEPS, hfd.ddim_step, schedule, lambda: eps)
     return frames
 
 

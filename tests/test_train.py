@@ -147,7 +147,7 @@ def test_muon_moves_in_every_direction_equally_far():
     assert 0.6 < S.min() and S.max() < 1.25
     weight = torch.nn.Parameter(torch.zeros(8, 8, 3, 3))
     weight.grad = G[0].view(8, 8, 3, 3)
-    train.Muon([{"params": [weight], "lr": 0.5}]).step()
+    train.Muon([weight], {"lr": 0.5}).step()
     assert torch.allclose(weight.detach().view(8, 72), -0.5 * rows[0], atol=1e-3)
 
 
