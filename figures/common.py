@@ -71,7 +71,6 @@ def read_results(path):
 
 
 # A run and its results ----------------------------------------------------------------------------
-
 # Flags that some scripts have. Each says which of them it takes, and their defaults.
 FLAGS = {
     "level": dict(type=int, help="quality level"),
@@ -305,7 +304,6 @@ class Run:
 
 
 # Plots --------------------------------------------------------------------------------------------
-
 # The palette of Okabe & Ito (2008), which colour-blind readers can tell apart, and markers.
 LOOK = {"HFD": ("#D55E00", "o"), "autoencoder": ("#0072B2", "s"), "AVIF": ("#009E73", "^"),
         "WebP": ("#CC79A7", "D"), "JPEG 2000": ("#E69F00", "v"), "JPEG": ("#000000", "x"),

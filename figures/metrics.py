@@ -92,7 +92,6 @@ def ratio(a, b, name="fd"):
 
 
 # Features -----------------------------------------------------------------------------------------
-
 SIZE, STRIDE = 128, 64                  # of the patches, in pixels
 LAYERS = {4: "fd", 10: "fd16"}          # the network's blocks whose outputs are features
 
