@@ -102,9 +102,9 @@ def limited(octaves):
 
 # 2. Integer tables --------------------------------------------------------------------------------
 # All channels share one shape, so one family of tables, of WIDTHS widths, serves every symbol. Each
-# entry needs a count of at least 1. Out of 2^16, with an entry for every symbol, these would cost
-# several per cent of the bits at low rates, where most channels are nearly always zero. So counts
-# are out of 2^24, and only likely symbols have an entry; the others share one, the *escape*.
+# entry needs a count of at least 1. Out of 2^16, with an entry for every symbol, these would take
+# 3 % of the probability, 0.05 bits a symbol: at low rates most symbols cost less than that. So
+# counts are out of 2^24, and only likely symbols have an entry; the others share one, the *escape*.
 
 PRECISION = 24
 TOTAL = 1 << PRECISION          # all counts of a table

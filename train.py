@@ -88,8 +88,8 @@ def picture_files(folder):
 
 class Photos:
     """Every picture of a folder, or 64 dead leaves without one, as uint8 on the device that trains:
-    decoding on the fly is what usually starves a GPU. Bad files are named and skipped, pictures
-    with a side below `smallest` continued by mirroring, no more read than some `megapixels`.
+    decoding on the fly is what usually starves a GPU. Bad files are named and skipped. Pictures
+    with a side below `smallest` are continued by mirroring. Reading ends beyond `megapixels`.
     variety: the chance of each variation, see `crops`. HFDError if there is no picture."""
 
     def __init__(self, folder, smallest, device, megapixels, variety, seed):
