@@ -3,34 +3,29 @@ import io
 
 from PIL import Image
 
-# Name: (what a setting means to Pillow, settings from small files to large ones).
+# Name: (what Pillow is told besides the setting, settings from small files to large ones).
 CODECS = {
-    "JPEG": (lambda quality: {"format": "JPEG", "quality": quality, "optimize": True},
-             (5, 10, 20, 30, 50, 70)),
+    "JPEG": ({"optimize": True}, (5, 10, 20, 30, 50, 70)),
     # The setting is the compression ratio: 24 means 24 / 24 = 1 bit per pixel.
-    "JPEG 2000": (lambda rate: {"format": "JPEG2000", "quality_mode": "rates",
-                                "quality_layers": [rate], "irreversible": True, "mct": 1},
-                  (160, 80, 40, 24)),
+    "JPEG 2000": ({"quality_mode": "rates", "irreversible": True, "mct": 1}, (160, 80, 40, 24)),
     # The key frames of VP8, by the slowest and best method.
-    "WebP": (lambda quality: {"format": "WEBP", "quality": quality, "method": 6},
-             (1, 5, 10, 20, 35, 50, 70)),
+    "WebP": ({"method": 6}, (1, 5, 10, 20, 35, 50, 70)),
     # The key frames of AV1, at Pillow's default speed, with colour at half the resolution.
-    "AVIF": (lambda quality: {"format": "AVIF", "quality": quality, "speed": 6},
-             (10, 20, 30, 40, 50, 60)),
+    "AVIF": ({"speed": 6}, (10, 20, 30, 40, 50, 60)),
 }
 
 
 def encode(name, image, setting):
     """The bytes of a PIL RGB image as a complete file of the codec with that name."""
-    buffer = io.BytesIO()
-    image.save(buffer, **CODECS[name][0](setting))
+    buffer, (options, _) = io.BytesIO(), CODECS[name]
+    # For JPEG 2000 the setting is `quality_layers`, for the others `quality`: each heeds its own.
+    image.save(buffer, name.replace(" ", ""), quality=setting, quality_layers=[setting], **options)
     return buffer.getvalue()
 
 
 def decode(data):
     """The bytes of any of these files to a PIL RGB image."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 # Mean bits per pixel and PSNR (dB) of RGB over the 24 Kodak pictures, as published: the first four

@@ -126,7 +126,7 @@ class Run:
         if not stage1:
             sample.need_diffusion(self.model)
         self._choose(scored)
-        self.command, self._coded = " ".join([parser.prog, *(Path(x).name for x in argv)]), {}
+        self.command = " ".join([parser.prog, *(Path(x).name for x in argv)])
         self._continue()
 
     def _choose(self, scored):
@@ -179,11 +179,11 @@ class Run:
         head = {"command": self.command, "minutes": minutes, "about": self.about, **more}
         points = [f"{json.dumps(key)}: {json.dumps(point)}" for key, point in self.points.items()]
         text = json.dumps(head, indent=1)[:-2] + ',\n "points": {\n' + ",\n".join(points) + "\n}}\n"
-        hfd.write_atomically(str(path), lambda f: f.write(text.encode()))
+        hfd.write_atomically(path, lambda f: f.write(text.encode()))
 
     def finish(self, figure=None, **more):
         """Write NAME.png, of a matplotlib figure or PIL image if there is one, and NAME.json."""
-        png = str(self.path.with_suffix(".png"))
+        png = self.path.with_suffix(".png")
         if isinstance(figure, Image.Image):
             sample.save_picture(figure, png)
         elif figure:
@@ -242,15 +242,14 @@ class Run:
         score = {name: round(np.mean(values).item(), 5) for name, values in each.items()}
         return score | (metrics.realism(self.reference, features) if self.distances else {})
 
+    @functools.cache
     def coded(self, level, i):
         """(bytes, x_hat): picture number i's file at quality `level`, 1 .. Q, and what its
         autoencoder decodes, (1, 3, H', W')."""
-        if (level, i) not in self._coded:
-            data, _ = sample.compress(self.images[i], self.model, level, self.args.seed + i)
-            header = sample.parse(data, self.names[i])
-            k, _ = sample.decode_latent(header, self.model, self.names[i])
-            self._coded[level, i] = data, sample.reconstruct(k, header, self.model)
-        return self._coded[level, i]
+        data, _ = sample.compress(self.images[i], self.model, level, self.args.seed + i)
+        header = sample.parse(data, self.names[i])
+        k, _ = sample.decode_latent(header, self.model, self.names[i])
+        return data, sample.reconstruct(k, header, self.model)
 
     def sample(self, level, i, diffusion=None, seed=0, **settings):
         """What HFD draws from that file, (1, 3, H', W'), as sample.decompress does. diffusion: None

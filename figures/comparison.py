@@ -14,19 +14,18 @@ from figures import codecs, common
 def main(argv=None):
     """Run the script. argv: a list of words, or None for the shell's."""
     run = common.Run("comparison", __doc__, argv, scored=False, level=2)
-    image, numbers = run.images[0], {}
-    data, _ = run.coded(run.args.level, 0)
+    image, (data, _) = run.images[0], run.coded(run.args.level, 0)
     shown = [("original", image)]
-    for name, options in (("JPEG", {"optimize": True}), ("AVIF", {"speed": 6})):
-        file, quality = sample.largest_within(len(data), image, name, **options)
+    for name in ("JPEG", "AVIF"):
+        file, quality = sample.largest_within(len(data), image, name, **codecs.CODECS[name][0])
         shown.append((f"{name} q{quality}, {len(file)} bytes", codecs.decode(file)))
     for name, settings in (("autoencoder", {"rho": 0}), ("HFD, seed 0", {"seed": 0}),
                            ("HFD, seed 1", {"seed": 1})):
         decoded, _ = sample.decompress(data, run.model, **settings)
         shown.append((f"{name}, {len(data)} bytes", decoded))
-    for name, decoded in shown[1:]:
-        numbers[name] = round(sample.psnr(image, decoded), 2)
-        print(f"{name:28} PSNR {numbers[name]:.2f} dB")
+    numbers = {name: round(sample.psnr(image, decoded), 2) for name, decoded in shown[1:]}
+    for name, decibels in numbers.items():
+        print(f"{name:28} PSNR {decibels:.2f} dB")
     rows = [sample.contact_sheet(shown[n:n + 3], sample.DETAIL, 4) for n in (0, 3)]
     run.finish(Image.fromarray(np.vstack(rows)), psnr=numbers)
 

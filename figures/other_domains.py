@@ -52,9 +52,7 @@ def main(argv=None):
     for name, image in domains().items():
         image = common.around_centre(image, 128 if run.args.quick else 1024)
         found = run.point(name, lambda: curves(run, image))
-        own, theirs = ({psnr: size for size, psnr in found[codec]}
-                       for codec in ("autoencoder", "WebP"))
-        summary[name] = metrics.bd_rate(theirs.values(), theirs, own.values(), own)
+        summary[name] = metrics.bd_rate(*zip(*found["WebP"]), *zip(*found["autoencoder"]))
         print(f"{name}: {summary[name]} % of bits, relative to WebP, at equal PSNR")
         data, _ = sample.compress(image, run.model, run.args.level)
         jpeg, _ = sample.largest_within(len(data), image, optimize=True)

@@ -56,8 +56,9 @@ def main(argv=None):
                               context=context, seed=run.args.seed)
     whole = draw(0, patch=max(x_hat.shape))
     border = torch.zeros(x_hat.shape[2:], dtype=torch.bool)             # 8 pixels on either side
-    for b in range(PATCH, max(x_hat.shape), PATCH):
-        border[b - 8:b + 8] = border[:, b - 8:b + 8] = True
+    for d, side in enumerate(border.shape):
+        for b in range(PATCH, side, PATCH):
+            border.narrow(d, b - 8, 16).fill_(True)
     errors, jumps = [], [("whole", [0, CONTEXTS[-1]], [jump(whole)] * 2, (common.GREY, ""))]
     ways = ("together", CONTEXTS, hfd.sample_picture), ("groups", GROUPED, hfd.sample_in_groups)
     for look, (way, contexts, sample_picture) in zip(common.CYCLE, ways):

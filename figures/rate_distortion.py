@@ -5,6 +5,8 @@
 Rates are those of complete files. What the context model is worth is the gap to a factorized prior
 on the same transforms (train.py autoencoder --init checkpoints --prior factorized).
 """
+from functools import partial
+
 import numpy as np
 
 import hfd
@@ -15,27 +17,21 @@ from hfd import HFDError
 FACTORIZED = "factorized prior"
 
 
-def ours(run, model, level, variants):
-    """As Run.measure needs it. variants: {name: rho}."""
-    def code(i, image):
-        """Picture i's file, and what is decoded with each rho."""
-        data, report = sample.compress(image, model, level, run.args.seed + i)
-        shown = {}
-        for name, rho in variants.items():
-            decoded, decoding = sample.decompress(data, model, run.names[i], rho)
-            shown[name] = decoded, report["seconds"] | decoding["seconds"]
-        return data, shown
-    return code
+def ours(run, model, level, variants, i, image):
+    """Picture i's file, and what it decodes to with each rho of variants, {name: rho}."""
+    data, report = sample.compress(image, model, level, run.args.seed + i)
+    shown = {}
+    for name, rho in variants.items():
+        decoded, decoding = sample.decompress(data, model, run.names[i], rho)
+        shown[name] = decoded, report["seconds"] | decoding["seconds"]
+    return data, shown
 
 
-def theirs(run, name, setting):
-    """As Run.measure needs it, of one of codecs.CODECS."""
-    def code(i, image):
-        """Picture i's file in that codec, and what it decodes to."""
-        data, encoding = run.timed(codecs.encode, name, image, setting)
-        decoded, decoding = run.timed(codecs.decode, data)
-        return data, {name: (decoded, {"encoder": encoding, "decoder": decoding})}
-    return code
+def theirs(run, name, setting, i, image):
+    """Picture i's file in one of codecs.CODECS, and what it decodes to."""
+    data, encoding = run.timed(codecs.encode, name, image, setting)
+    decoded, decoding = run.timed(codecs.decode, data)
+    return data, {name: (decoded, {"encoder": encoding, "decoder": decoding})}
 
 
 def measure(run):
@@ -48,19 +44,19 @@ def measure(run):
             raise HFDError(f"{run.args.factorized}: has other transforms than {run.args.model}; "
                            "make it by train.py autoencoder --init MODEL --prior factorized")
 
-    def add(setting, key, code):
-        """Measure one setting, and add it to its curves."""
-        for name, score in run.measure(key, code).items():
+    def add(setting, key, code, *how):
+        """Measure one setting of code, `ours` or `theirs`, and add it to its curves."""
+        for name, score in run.measure(key, partial(code, run, *how)).items():
             curves.setdefault(name, {})[setting] = score
     for name, (_, settings) in codecs.CODECS.items():
         for setting in settings[::3 if quick else 1]:
-            add(setting, f"{name} {setting}", theirs(run, name, setting))
+            add(setting, f"{name} {setting}", theirs, name, setting)
     for level in range(1, run.last_level + 1, 2 if quick else 1):
         variants = {"autoencoder": 0, "HFD": 1} if run.model.diffusion else {"autoencoder": 0}
-        add(level, f"level {level}", ours(run, run.model, level, variants))
+        add(level, f"level {level}", ours, run.model, level, variants)
         if other:
             key = f"level {level}, {FACTORIZED} {other.identity.hex()}"
-            add(level, key, ours(run, other, level, {FACTORIZED: 0}))
+            add(level, key, ours, other, level, {FACTORIZED: 0})
     return curves
 
 
@@ -83,11 +79,9 @@ def bits_against_others(run, curves):
 
 def report(run, curves):
     """Print all points, and what they say in single numbers, which are returned."""
-    columns = ("bpp", "psnr", *run.distances, "colour", "encoder", "range encoder", "decoder",
-               "range decoder", "diffusion")
     for name, points in curves.items():
         for setting, score in points.items():
-            numbers = [f"{column} {score[column]:.4g}" for column in columns if column in score]
+            numbers = [f"{what} {n:.4g}" for what, n in score.items() if np.isscalar(n)]
             print(f"{name} {setting}: {', '.join(numbers)}")
     summary = bits_against_others(run, curves)
     for what, found in summary.items():

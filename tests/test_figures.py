@@ -209,7 +209,7 @@ def test_stopped_run_continues(folders, tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("line, told", [
-    ("spectrum --images small.png", "128 a side"), ("learning", "gigapixels"),
+    ("spectrum --levels 1 --images small.png", "128 a side"), ("learning --levels 1", "gigapixels"),
     ("steps --levels 9", "levels 1 to 3"), ("steps --levels 1 --flow factorized", "denoiser"),
     ("comparison --model factorized", "no denoiser"), ("true_rate --results small.png", "damaged")])
 def test_one_line_for_what_cannot_be_measured(line, told, folders, tiny_model, monkeypatch):
@@ -218,5 +218,4 @@ def test_one_line_for_what_cannot_be_measured(line, told, folders, tiny_model, m
     monkeypatch.chdir(folders)
     Image.new("RGB", (16, 200)).save("small.png")
     name, *words = line.split()
-    words += ["--levels", "1"] * (name in ("spectrum", "learning"))
     assert told in refusal(script, name, "--model", tiny_model, "--out", "out", "--quick", *words)

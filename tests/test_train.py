@@ -188,6 +188,7 @@ def test_both_stages_make_a_model(photos, stage1, out):
         assert recipe["commands"][0].startswith(f"python train.py {stage} ")
         for name, t in network.state_dict().items():
             assert np.allclose(t, arrays[f"average.{name}"], rtol=1e-3, atol=1e-6)
+        assert (arrays[f"average.{name}"] != arrays[f"model.{name}"]).any()     # the last step's
 
 
 def test_a_prior_can_be_learned_alone(photos, stage1, out):
@@ -199,19 +200,21 @@ def test_a_prior_can_be_learned_alone(photos, stage1, out):
     assert "prior.near" in before and "prior.near" not in after
 
 
-def test_a_denoiser_can_be_finetuned(photos, stage1, out, tmp_path):
-    """--init starts from a finished denoiser, here to make a flow of it: after one step at hardly
-    any learning rate, it still is that one. What has no denoiser is refused."""
-    for folder in (out, tmp_path / "flow"):
-        shutil.copytree(stage1, folder)
-    how = "--objective flow --steps 1 --lr 1e-9 --init"
-    assert "no denoiser" in refusal(run, tmp_path / "flow", photos, f"{how} {stage1}", "diffusion")
+def test_what_ships_can_be_trained_on(photos, stage1, out, tmp_path):
+    """--init starts from finished networks, and may make a flow of a denoiser: after one step at
+    hardly any learning rate, they still are those. What has no denoiser is refused."""
+    flow, how = shutil.copytree(stage1, tmp_path / "flow"), "--steps 1 --lr 1e-9 --init"
+    run(out, photos, f"{how} {stage1}")
+    to_flow = flow, photos, f"--objective flow {how} {out}", "diffusion"
+    assert "no denoiser" in refusal(run, *to_flow)
     run(out, photos, "--eta 0.3 --steps 2", "diffusion")
-    run(tmp_path / "flow", photos, f"{how} {out}", "diffusion")
-    before, after = (hfd.load_model(folder).diffusion for folder in (out, tmp_path / "flow"))
-    assert (after.config.objective, after.config.eta, after.config.kind) == ("flow", 0.3, "plus")
-    for a, b in zip(before.parameters(), after.parameters()):
-        assert torch.allclose(a, b, rtol=0, atol=1e-7)
+    run(*to_flow)
+    old, new, flow = (hfd.load_model(folder) for folder in (stage1, out, flow))
+    config = flow.diffusion.config
+    assert (config.objective, config.eta, config.kind) == ("flow", 0.3, "plus")
+    for before, after in (old.autoencoder, new.autoencoder), (new.diffusion, flow.diffusion):
+        for a, b in zip(before.parameters(), after.parameters()):
+            assert torch.allclose(a, b, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("stage, part", [("autoencoder", "autoencoder"), ("diffusion", "denoiser")])
@@ -298,14 +301,6 @@ def test_damage_cannot_be_resumed(stage1, out):
         hfd.write_archive(path, *state)
         before = contents(out)
         assert path.name in refusal(run, out, None, "--resume") and contents(out) == before
-
-
-def test_what_ships_can_be_trained_on(photos, stage1, out):
-    """--init starts from a finished autoencoder: after hardly a step, it still is that one."""
-    run(out, photos, f"--init {stage1} --steps 1 --lr 1e-9")
-    before, after = (hfd.load_model(folder).autoencoder for folder in (stage1, out))
-    for a, b in zip(before.parameters(), after.parameters()):
-        assert torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_two_processes_train_together(photos, out, monkeypatch, capsys):
