@@ -203,6 +203,8 @@ def open_picture(path):
 
 def as_rgb(image):
     """A PIL image that was just opened, as `open_picture` returns it. ValueError if it refuses."""
+    if max(image.size) > 65535:                             # before any pixel is decoded
+        raise ValueError("a side exceeds 65535 pixels")
     remarks = []
     deep = image.mode[0] == "I" or any(";16" in str(tile.args) for tile in image.tile)
     # An EPS is a program, which Pillow would have run; floats ("F") may have any range; and if one
@@ -426,7 +428,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def command_line():
-    """The parser of all commands, with every default in its help."""
+    """The parser of all commands, with the defaults in its help."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_subparsers(dest="command", required=True).add_parser

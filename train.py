@@ -448,7 +448,7 @@ def train_diffusion(args, device, known):
 
 # The command line ---------------------------------------------------------------------------------
 def command_line(**settings):
-    """The parser of both stages, with every default in its help. settings: other defaults."""
+    """The parser of both stages, with the defaults in its help. settings: other defaults."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_subparsers(dest="stage", required=True).add_parser

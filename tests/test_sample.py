@@ -185,13 +185,13 @@ def test_what_is_no_picture_is_refused(photo, tmp_path):
         assert name in refusal(sample.open_picture, tmp_path / name)
 
 
-@pytest.mark.parametrize("size", [(12_000, 10_000), (40_000, 40_000)])
+@pytest.mark.parametrize("size", [(12_000, 10_000), (40_000, 40_000), (70_000, 2)])
 def test_decompression_bombs_are_refused(size, tmp_path, recwarn):
     """A file of 100 bytes can claim a billion pixels: the size is checked before any is decoded,
     and the refusal is all one sees."""
     write_png(tmp_path / "bomb.png", *size, 8, 2, b"")
     with memory_within(100):
-        assert "exceeds limit" in refusal(sample.open_picture, tmp_path / "bomb.png")
+        assert "exceeds" in refusal(sample.open_picture, tmp_path / "bomb.png")
     assert not recwarn.list
 
 
