@@ -497,10 +497,13 @@ class DiffusionPlus(Preconditioned):
 
     def forward(self, x, q, x_hat):
         """The training objective: half of the pictures come with a map, in blocks of 16 to 64."""
-        block = math.gcd(16 << int(torch.randint(3, ())), *x.shape[2:])
-        energy = residual_energy(x, x_hat, self.residual_std[q], block)             # (B, 1, ., .)
-        with_map = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5               # (B, 1, 1, 1)
-        return super().forward(x, q, x_hat, energy.where(with_map, -1.0))
+        std, cells = self.residual_std[q], [side // CELL for side in x.shape[2:]]   # (B, 12)
+        maps = [residual_energy(x, x_hat, std, math.gcd(CELL << n, *x.shape[2:])) for n in range(3)]
+        maps = torch.stack([F.interpolate(energy, cells) for energy in maps])   # (3, B, 1, ., .)
+        maps = torch.cat([maps, torch.full_like(maps, -1)])                     # (6, B, 1, ., .)
+        B = len(x)
+        chosen = torch.randint(6, (B,), device=x.device), torch.arange(B, device=x.device)
+        return super().forward(x, q, x_hat, maps[chosen])
 
 
 # Extension 3: rectified flow, the paper's other decoder -------------------------------------------

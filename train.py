@@ -9,6 +9,7 @@ ends where it would have ended uninterrupted, on a CPU bit for bit. Without --im
 *dead leaves*, which this file draws. With several GPUs: torchrun --nproc_per_node N train.py ...
 """
 import argparse
+import collections
 import copy
 import fcntl
 import functools
@@ -153,7 +154,7 @@ class Muon(torch.optim.Optimizer):
             for pairs in by_shape.values():
                 steps = orthonormal(torch.stack([ahead for _, ahead in pairs]))
                 for (p, _), step in zip(pairs, steps):
-                    p.sub_(step.view(p.shape), alpha=group["lr"])
+                    p.sub_(group["lr"] * step.view(p.shape))
 
 
 def orthonormal(matrices):
@@ -174,12 +175,37 @@ def orthonormal(matrices):
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP     # Ctrl-C, a batch queue, a lost terminal
 
 
-def fit(run, batch_loss):
-    """Minimise batch_loss(step, crop size, batch size) -> {"loss": ..., other named scalars}.
+def fit(run, draw, objective):
+    """Minimise objective(*tensors) -> {"loss": scalar, other named scalars}, on the tensors that
+    draw(step, crop size, batch size) gives.
 
     Every random number of step n comes from the seed and n alone. So a saved run holds no random
     state, and a resumed one sees the very crops and noise that it would have seen."""
     args, bf16 = run.args, hfd.fast_bf16(run.device)
+    weights, averages = (list(model.parameters()) for model in (run.model, run.average))
+
+    def learn(rate, share, *given):
+        """Learn from one batch. rate: of the peak learning rate; share: of the new weights in their
+        average; both scalars on the device, as all that changes from step to step."""
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+            terms = objective(*given)
+        terms["loss"].backward()
+        if run.world > 1:                                   # their mean over all GPUs
+            for p in run.learned:
+                dist.all_reduce(p.grad.div_(run.world))
+        terms["gradient"] = torch.nn.utils.clip_grad_norm_(run.learned, 1.0)
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group |= {"lr": group["peak"] * rate, "capturable": run.recording}
+            optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, [share] * len(weights))
+        return {name: value.detach() for name, value in terms.items()}
+
+    if run.device.type == "cuda" and run.world == 1:        # several wait for each other within it
+        learn = recorded(run, learn)
     while run.goes_on():
         step = run.step
         run.seed(step)
@@ -189,38 +215,59 @@ def fit(run, batch_loss):
         size, batch = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         rate = min(1, (step + 1) / args.warmup) * cosine
+        scalars = [torch.full((), n, device=run.device) for n in (rate, 10 / (step + 11))]
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-            terms = batch_loss(step, size, batch)
-        terms["loss"].backward()
-        if run.world > 1:                                   # their mean over all GPUs
-            for p in run.learned:
-                dist.all_reduce(p.grad.div_(run.world))
-        terms["gradient"] = torch.nn.utils.clip_grad_norm_(run.learned, 1.0)
-        for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            optimizer.step()
-            optimizer.zero_grad()
-        run.step_done(batch * size ** 2, terms)
+            given = draw(step, size, batch)
+        run.step_done(batch * size ** 2, learn(*scalars, *given))
     run.end()
+
+
+def recorded(run, learn):
+    """The function `learn`, for a GPU that computes faster than Python can tell it what: a step is
+    a thousand small kernels. They are recorded once for each shape (a CUDA graph). From then on all
+    start at once, and read their inputs where those of the recording were."""
+    calls, graphs = collections.Counter(), {}
+
+    def call(*tensors):
+        """As learn. The first three calls of a shape run as they are: they make what lasts."""
+        shape = tuple(t.shape for t in tensors)
+        calls[shape] += 1
+        if calls[shape] == 4:
+            graph, inputs = torch.cuda.CUDAGraph(), [t.clone() for t in tensors]
+            run.recording = True
+            try:
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                    terms = learn(*inputs)
+                graphs[shape] = graph, inputs, terms
+            except RuntimeError as error:
+                run.say(f"note: steps cannot be recorded, so they are slow ({error})", sys.stderr)
+            run.recording = False
+        if shape not in graphs:
+            return learn(*tensors)
+        graph, inputs, terms = graphs[shape]
+        torch._foreach_copy_(inputs, tensors)
+        graph.replay()
+        return {name: value.clone() for name, value in terms.items()}
+    return call
 
 
 class Run:
     """What surrounds the loop: seeds, several GPUs, progress, signals, saving and resuming.
 
     `step` counts steps done, `learned` are the parameters that are trained, `status` is 0 or what
-    to exit with. more: what else to write into what ships."""
+    to exit with, `recording` whether a GPU records a step. more: what else to write into what
+    ships."""
 
     def __init__(self, args, device, model, optimizers, photos, **more):
         self.args, self.device, self.model, self.optimizers = args, device, model, optimizers
         self.photos, self.more, self.status, self.seen = photos, more, 0, []
+        self.recording = False                              # AdamW wants to be told
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.learned = [p for p in model.parameters() if p.requires_grad]
-        if device.type == "cuda":       # fuse what lies between convolutions, for both crop sizes;
-            torch._dynamo.config.suppress_errors = True     # what cannot be fused runs as it is
-            for network in model.children():
-                network.compile(dynamic=False)
+        if device.type == "cuda":       # the default stream cannot be recorded
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(torch.cuda.Stream())
         # The average of the weights over the last tenth of all steps is a better model than those
         # of any one step (a memory that grows with training: Karras et al. 2024, section 3.1).
         self.average = copy.deepcopy(model)
@@ -250,14 +297,11 @@ class Run:
             dist.all_reduce(stopped, dist.ReduceOp.MAX)
         return self.step < self.args.steps and not stopped
 
-    @torch.no_grad()
     def step_done(self, pixels, terms):
-        """Count a step and average the weights; now and then tell of it and save."""
+        """Count a step; now and then tell of it and save."""
         self.step, self.gigapixels = self.step + 1, self.gigapixels + pixels * self.world / 1e9
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()),
-                             10 / (self.step + 10))
         # To ask a GPU for a number is to wait for it: so they stay there until a line wants them.
-        self.seen.append({name: value.detach() for name, value in terms.items()})
+        self.seen.append(terms)
         due = self.step == 1 or self.step % self.args.save_every == 0
         if due and self.step < self.args.steps:             # from step 1 on there is what to resume
             self.save()
@@ -377,13 +421,16 @@ def train_autoencoder(args, device, known):
         by_scale[0.1 if "linear" in name else 10 if name.startswith("prior") else 1].append(p)
     groups = [{"params": ps, "peak": args.lr * scale} for scale, ps in by_scale.items()]
 
-    def batch_loss(step, size, batch):
-        """The mean objective over random crops, each at a random level."""
-        x = photos.crops(batch, size)                                           # (B, 3, size, size)
-        q = torch.randint(len(config.lambdas), (batch,)).to(device)                 # (B,) levels
+    def draw(step, size, batch):
+        """Random crops x (B, 3, size, size), each at a random level q (B,)."""
+        q = torch.randint(len(config.lambdas), (batch,), device=device)
+        return photos.crops(batch, size), q
+
+    def objective(x, q):
+        """Its mean over the batch."""
         return {name: value.mean() for name, value in model(x, q).items()}
 
-    fit(Run(args, device, model, [adam(groups)], photos), batch_loss)
+    fit(Run(args, device, model, [adam(groups)], photos), draw, objective)
 
 
 # Stage 2: the diffusion model, given reconstructions ----------------------------------------------
@@ -431,19 +478,23 @@ def train_diffusion(args, device, known):
         """(x, q, x_hat) for POOL steps: an x_hat is dear, but serves several draws of noise. All
         depends on the number alone, so a run may be resumed half-way through a pool."""
         run.seed(-1 - number)
-        q = torch.randint(levels, (POOL // 4 * batch,)).to(device)                  # (N,)
+        q = torch.randint(levels, (POOL // 4 * batch,), device=device)              # (N,)
         made = [pairs(photos.crops(batch, size + 2 * MARGIN), part) for part in q.split(batch)]
         x, x_hat = (torch.cat(each) for each in zip(*made))                # (N, 3, size, size) each
         return x, q, x_hat
 
-    def batch_loss(step, size, batch):
-        """The mean objective over pairs drawn from the pool."""
+    def draw(step, size, batch):
+        """Pairs from the pool: (x, q, x_hat) of a batch."""
         given = pool(step // POOL, size, batch)
         run.seed(step)                                      # again, if this step made the pool
-        chosen = torch.randperm(POOL // 4 * batch)[:batch].to(device)               # (B,)
-        return {"loss": model(*(each[chosen] for each in given))}
+        chosen = torch.randperm(POOL // 4 * batch, device=device)[:batch]           # (B,)
+        return [each[chosen] for each in given]
 
-    fit(run, batch_loss)
+    def objective(x, q, x_hat):
+        """That of the denoiser, with its name."""
+        return {"loss": model(x, q, x_hat)}
+
+    fit(run, draw, objective)
 
 
 # The command line ---------------------------------------------------------------------------------

@@ -28,16 +28,15 @@ def fastest(run, function, *args):
     return min(run.timed(function, *args)[1] for _ in range(3))
 
 
-@torch.compiler.set_stance("force_eager")
-def parts_of_a_step(bench, run, batch_loss):
-    """{name: number} of a step, from what train.fit is given: operations, seconds of parts. Not
-    compiled, as it would be on a GPU: fused parts cannot be told apart."""
+def parts_of_a_step(bench, run, draw, objective):
+    """{name: number} of a step, from what train.fit is given: operations, seconds of parts. Here
+    each kernel is started by itself, not recorded: parts of a recording cannot be told apart."""
     device, crop, batch = run.device, run.args.crop, run.args.batch
 
     def compute(step):
         """The two passes of one step."""
         with torch.autocast(device.type, torch.bfloat16, enabled=hfd.fast_bf16(device)):
-            loss = batch_loss(step, crop, batch)["loss"]
+            loss = objective(*draw(step, crop, batch))["loss"]
         loss.backward()
 
     def convolutions():
@@ -69,10 +68,10 @@ def main(argv=None):
     a = torch.randn(n, n, device=bench.device).to(torch.bfloat16 if bf16 else torch.float32)
     best = 2 * n ** 3 / fastest(bench, torch.matmul, a, a)
 
-    def instead(run, batch_loss):
+    def instead(run, draw, objective):
         """What train.py calls in place of its loop, and then that loop."""
-        part.update(parts_of_a_step(bench, run, batch_loss))
-        FIT(run, batch_loss)
+        part.update(parts_of_a_step(bench, run, draw, objective))
+        FIT(run, draw, objective)
     with tempfile.TemporaryDirectory() as folder, mock.patch("train.fit", instead):
         words = ["--init", bench.args.model, "--out", folder, "--device", bench.args.device]
         words += ["--batch", str(bench.args.batch)] if bench.args.batch else []

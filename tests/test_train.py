@@ -327,8 +327,11 @@ def test_two_processes_train_together(photos, out, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_trains(photos, out):
-    """The same commands train on a GPU, and the model loads on a CPU."""
+def test_cuda_trains(photos, out, capsys):
+    """The same commands train on a GPU, the fourth step on recorded, and the model loads on a CPU.
+    A resumed run goes on."""
     for stage in ("autoencoder", "diffusion"):
-        run(out, photos, "--steps 5 --device cuda", stage)
+        run(out, photos, "--steps 6 --device cuda", stage)
+        run(out, None, "--steps 16 --resume", stage)
+        assert "recorded" not in capsys.readouterr().err
     assert hfd.load_model(out).diffusion
