@@ -368,10 +368,10 @@ class Diffusion(nn.Module):
         return log_snr, alpha * x + sigma * eps, alpha * eps - sigma * x
 
     def forward(self, x, q, x_hat):
-        """The training objective: mean squared error on v, t uniform. A scalar. x, x_hat: (B, 3,
-        H, W) in [-1, 1]; q: (B,)."""
+        """The training objective, a scalar, as {"loss": it}: mean squared error on v, t uniform. x,
+        x_hat: (B, 3, H, W) in [-1, 1]; q: (B,)."""
         log_snr, z, v = self.diffuse(x)
-        return (self.velocity(z, log_snr, q, x_hat) - v).square().mean()
+        return {"loss": (self.velocity(z, log_snr, q, x_hat) - v).square().mean()}
 
 
 # Sampling: from noise back to a picture -----------------------------------------------------------
@@ -463,7 +463,7 @@ class Preconditioned(Diffusion):
         error = to_planes(self.velocity(z, log_snr, q, x_hat, *given) - v)       # (B, 12, H/2, W/2)
         _, _, s, S = self.spread(log_snr, q)
         variance = s ** 2 / S                                                       # (B, 12, 1, 1)
-        return (s / s.mean(dim=1, keepdim=True) / variance * error.square()).mean()
+        return {"loss": (s / s.mean(dim=1, keepdim=True) / variance * error.square()).mean()}
 
 
 # Extension 2: HFD+, a little side information (this map and its code are ours) --------------------
@@ -496,14 +496,14 @@ class DiffusionPlus(Preconditioned):
         return super().velocity(z, log_snr, q, x_hat, hints)
 
     def forward(self, x, q, x_hat):
-        """The training objective: half of the pictures come with a map, in blocks of 16 to 64."""
-        std, cells = self.residual_std[q], [side // CELL for side in x.shape[2:]]   # (B, 12)
-        maps = [residual_energy(x, x_hat, std, math.gcd(CELL << n, *x.shape[2:])) for n in range(3)]
-        maps = torch.stack([F.interpolate(energy, cells) for energy in maps])   # (3, B, 1, ., .)
-        maps = torch.cat([maps, torch.full_like(maps, -1)])                     # (6, B, 1, ., .)
-        B = len(x)
-        chosen = torch.randint(6, (B,), device=x.device), torch.arange(B, device=x.device)
-        return super().forward(x, q, x_hat, maps[chosen])
+        """The training objective: half of the pictures come with a map, in blocks of 16 to 64. All
+        maps are made, and one is chosen by its number, for a recorded step cannot branch."""
+        sides, std = x.shape[2:], self.residual_std[q]                              # std: (B, 12)
+        maps = [residual_energy(x, x_hat, std, math.gcd(CELL << n, *sides)) for n in range(3)]
+        maps = [F.interpolate(energy, [side // CELL for side in sides]) for energy in maps]
+        maps = torch.stack(maps + 3 * [torch.full_like(maps[0], -1)])           # (6, B, 1, ., .)
+        picture = torch.arange(len(x), device=x.device)                             # (B,)
+        return super().forward(x, q, x_hat, maps[torch.randint_like(picture, 6), picture])
 
 
 # Extension 3: rectified flow, the paper's other decoder -------------------------------------------

@@ -148,8 +148,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}                                   # those of one shape are done at once
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                ahead = p.grad + 0.95 * momentum.mul_(0.95).add_(p.grad)            # Nesterov's
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
+                ahead = p.grad + 0.95 * momentum                                    # Nesterov's
                 by_shape.setdefault(p.shape, []).append((p, ahead.flatten(1)))
             for pairs in by_shape.values():
                 steps = orthonormal(torch.stack([ahead for _, ahead in pairs]))
@@ -175,36 +177,37 @@ def orthonormal(matrices):
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP     # Ctrl-C, a batch queue, a lost terminal
 
 
-def fit(run, draw, objective):
-    """Minimise objective(*tensors) -> {"loss": scalar, other named scalars}, on the tensors that
-    draw(step, crop size, batch size) gives.
+def fit(run, draw):
+    """Minimise the "loss" among the means that run.model(*batch) returns by name, with each batch
+    from draw(step, crop size, batch size).
 
     Every random number of step n comes from the seed and n alone. So a saved run holds no random
     state, and a resumed one sees the very crops and noise that it would have seen."""
-    args, bf16 = run.args, hfd.fast_bf16(run.device)
+    args, bf16, cuda = run.args, hfd.fast_bf16(run.device), run.device.type == "cuda"
     weights, averages = (list(model.parameters()) for model in (run.model, run.average))
 
-    def learn(rate, share, *given):
+    def learn(rate, share, *batch):
         """Learn from one batch. rate: of the peak learning rate; share: of the new weights in their
-        average; both scalars on the device, as all that changes from step to step."""
+        average. Both are tensors: a recording would keep a Python number as it was."""
         for optimizer in run.optimizers:
             optimizer.zero_grad()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-            terms = objective(*given)
+            terms = {name: value.mean() for name, value in run.model(*batch).items()}
         terms["loss"].backward()
         if run.world > 1:                                   # their mean over all GPUs
             for p in run.learned:
                 dist.all_reduce(p.grad.div_(run.world))
         terms["gradient"] = torch.nn.utils.clip_grad_norm_(run.learned, 1.0)
+        recording = cuda and torch.cuda.is_current_stream_capturing()
         for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group |= {"lr": group["peak"] * rate, "capturable": run.recording}
+            for group in optimizer.param_groups:            # AdamW must be told of a recording
+                group |= {"lr": group["peak"] * rate, "capturable": recording}
             optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, [share] * len(weights))
         return {name: value.detach() for name, value in terms.items()}
 
-    if run.device.type == "cuda" and run.world == 1:        # several wait for each other within it
+    if cuda and run.world == 1:         # we do not record what waits for other GPUs
         learn = recorded(run, learn)
     while run.goes_on():
         step = run.step
@@ -212,36 +215,40 @@ def fit(run, draw, objective):
         # The last quarter sees crops of twice the side, and a quarter as many: what the net learns
         # near a crop's border, where it lacks context, then weighs less.
         late = step >= 0.75 * args.steps
-        size, batch = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
+        size, count = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         rate = min(1, (step + 1) / args.warmup) * cosine
         scalars = [torch.full((), n, device=run.device) for n in (rate, 10 / (step + 11))]
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-            given = draw(step, size, batch)
-        run.step_done(batch * size ** 2, learn(*scalars, *given))
+            batch = draw(step, size, count)
+        run.step_done(count * size ** 2, learn(*scalars, *batch))
     run.end()
 
 
 def recorded(run, learn):
     """The function `learn`, for a GPU that computes faster than Python can tell it what: a step is
-    a thousand small kernels. They are recorded once for each shape (a CUDA graph). From then on all
-    start at once, and read their inputs where those of the recording were."""
+    a thousand small kernels. They are recorded once for each shape (a CUDA graph). From then on one
+    call starts them all, in the same order and on the same memory. So a new batch is copied to
+    where the recorded one lay. Random numbers still follow the seed."""
     calls, graphs = collections.Counter(), {}
+    torch.cuda.synchronize(run.device)      # a GPU works through queues, called streams, of which
+    torch.cuda.set_stream(torch.cuda.Stream(run.device))    # the default one cannot be recorded
 
     def call(*tensors):
-        """As learn. The first three calls of a shape run as they are: they make what lasts."""
+        """As learn. The first three calls of a shape only run: they create what must outlive a
+        recording, such as the optimizers' memory."""
         shape = tuple(t.shape for t in tensors)
         calls[shape] += 1
         if calls[shape] == 4:
+            graphs.clear()                                  # that of the other crop size
             graph, inputs = torch.cuda.CUDAGraph(), [t.clone() for t in tensors]
-            run.recording = True
-            try:
+            try:                                            # recording computes nothing yet
                 with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                     terms = learn(*inputs)
                 graphs[shape] = graph, inputs, terms
             except RuntimeError as error:
-                run.say(f"note: steps cannot be recorded, so they are slow ({error})", sys.stderr)
-            run.recording = False
+                why = error.__context__ or error
+                run.say(f"note: steps are not recorded, which makes them slow ({why})", sys.stderr)
         if shape not in graphs:
             return learn(*tensors)
         graph, inputs, terms = graphs[shape]
@@ -255,19 +262,14 @@ class Run:
     """What surrounds the loop: seeds, several GPUs, progress, signals, saving and resuming.
 
     `step` counts steps done, `learned` are the parameters that are trained, `status` is 0 or what
-    to exit with, `recording` whether a GPU records a step. more: what else to write into what
-    ships."""
+    to exit with. more: what else to write into what ships."""
 
     def __init__(self, args, device, model, optimizers, photos, **more):
         self.args, self.device, self.model, self.optimizers = args, device, model, optimizers
         self.photos, self.more, self.status, self.seen = photos, more, 0, []
-        self.recording = False                              # AdamW wants to be told
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.learned = [p for p in model.parameters() if p.requires_grad]
-        if device.type == "cuda":       # the default stream cannot be recorded
-            torch.cuda.synchronize()
-            torch.cuda.set_stream(torch.cuda.Stream())
         # The average of the weights over the last tenth of all steps is a better model than those
         # of any one step (a memory that grows with training: Karras et al. 2024, section 3.1).
         self.average = copy.deepcopy(model)
@@ -393,7 +395,7 @@ def peak_memory(device):
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20                         # bytes or KiB
     words = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
     if device.type == "cuda":
-        words += f", on the GPU {torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB"
+        words += f", on the GPU {torch.cuda.max_memory_reserved(device) / 2 ** 30:.2f} GiB"
     return words
 
 
@@ -426,11 +428,7 @@ def train_autoencoder(args, device, known):
         q = torch.randint(len(config.lambdas), (batch,), device=device)
         return photos.crops(batch, size), q
 
-    def objective(x, q):
-        """Its mean over the batch."""
-        return {name: value.mean() for name, value in model(x, q).items()}
-
-    fit(Run(args, device, model, [adam(groups)], photos), draw, objective)
+    fit(Run(args, device, model, [adam(groups)], photos), draw)
 
 
 # Stage 2: the diffusion model, given reconstructions ----------------------------------------------
@@ -490,11 +488,7 @@ def train_diffusion(args, device, known):
         chosen = torch.randperm(POOL // 4 * batch, device=device)[:batch]           # (B,)
         return [each[chosen] for each in given]
 
-    def objective(x, q, x_hat):
-        """That of the denoiser, with its name."""
-        return {"loss": model(x, q, x_hat)}
-
-    fit(run, draw, objective)
+    fit(run, draw)
 
 
 # The command line ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 import tempfile
+from functools import partial
 from unittest import mock
 
 import torch
@@ -23,38 +24,46 @@ from figures import common
 FIT = train.fit
 
 
-def fastest(run, function, *args):
-    """Seconds of the fastest of three calls."""
-    return min(run.timed(function, *args)[1] for _ in range(3))
+def operators(device, pattern, function, *args):
+    """Seconds that PyTorch's operators of this pattern take in function(*args), the least of three
+    calls."""
+    time = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"        # microseconds
+    found = []
+    for _ in range(3):
+        with torch.profiler.profile() as profile:
+            function(*args)
+            sample.clock(device)                            # waits for a GPU
+        found.append(sum(getattr(event, time) / 1e6 for event in profile.key_averages()
+                         if re.match(pattern, event.key)))
+    return min(found)
 
 
-def parts_of_a_step(bench, run, draw, objective):
+def parts_of_a_step(bench, run, draw):
     """{name: number} of a step, from what train.fit is given: operations, seconds of parts. Here
     each kernel is started by itself, not recorded: parts of a recording cannot be told apart."""
     device, crop, batch = run.device, run.args.crop, run.args.batch
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, hfd.fast_bf16(device))
+
+    def drawn(step):
+        """The batch of that step."""
+        with autocast():
+            return draw(step, crop, batch)
 
     def compute(step):
         """The two passes of one step."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=hfd.fast_bf16(device)):
-            loss = objective(*draw(step, crop, batch))["loss"]
+        given = drawn(step)
+        with autocast():
+            loss = run.model(*given)["loss"].mean()
         loss.backward()
-
-    def convolutions():
-        """Seconds of the convolutions of one step's two passes, without those that make pairs."""
-        with torch.profiler.profile() as profile:
-            compute(0)
-        time = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"    # microseconds
-        return sum(getattr(event, time) / 1e6 for event in profile.key_averages()
-                   if re.match("aten::.*convolution", event.key))
     with FlopCounterMode(display=False) as counter:
         for n in range(train.POOL):
             compute(n)
     found = {"batch": batch, "crop": crop, "operations": counter.get_total_flops() / train.POOL,
-             "convolutions": min(convolutions() for _ in range(3))}
+             "convolutions": operators(device, "aten::.*convolution", compute, 0)}
     if isinstance(run.optimizers[-1], train.Muon):
-        found["muon"] = fastest(bench, run.optimizers[-1].step)
+        found["muon"] = operators(device, "aten::", run.optimizers[-1].step)
         # The first step of a pool makes POOL / 4 batches of pairs, the second uses them.
-        times = [bench.timed(compute, train.POOL * n + which)[1] for n in (1, 2, 3)
+        times = [bench.timed(drawn, train.POOL * n + which)[1] for n in (1, 2, 3)
                  for which in (0, 1)]
         found["pairs"] = (min(times[::2]) - min(times[1::2])) / (train.POOL // 4)
     return found
@@ -66,12 +75,12 @@ def main(argv=None):
     results, cuda, bf16 = {}, bench.device.type == "cuda", hfd.fast_bf16(bench.device)
     n, part = 8192 if cuda else 2048, {}
     a = torch.randn(n, n, device=bench.device).to(torch.bfloat16 if bf16 else torch.float32)
-    best = 2 * n ** 3 / fastest(bench, torch.matmul, a, a)
+    best = 2 * n ** 3 / min(bench.timed(torch.matmul, a, a)[1] for _ in range(3))
 
-    def instead(run, draw, objective):
+    def instead(run, draw):
         """What train.py calls in place of its loop, and then that loop."""
-        part.update(parts_of_a_step(bench, run, draw, objective))
-        FIT(run, draw, objective)
+        part.update(parts_of_a_step(bench, run, draw))
+        FIT(run, draw)
     with tempfile.TemporaryDirectory() as folder, mock.patch("train.fit", instead):
         words = ["--init", bench.args.model, "--out", folder, "--device", bench.args.device]
         words += ["--batch", str(bench.args.batch)] if bench.args.batch else []
