@@ -8,6 +8,7 @@ on the same transforms (train.py autoencoder --init checkpoints --prior factoriz
 from functools import partial
 
 import numpy as np
+import torch
 
 import hfd
 import sample
@@ -39,8 +40,9 @@ def measure(run):
     curves, quick, other = {}, run.args.quick, None
     if run.args.factorized:
         other = hfd.load_model(run.args.factorized, run.device)
-        a, b = run.model.autoencoder, other.autoencoder
-        if common.digest(a.analysis, a.synthesis) != common.digest(b.analysis, b.synthesis):
+        a, b = ([*model.autoencoder.analysis.parameters(), *model.autoencoder.synthesis.parameters()]
+                for model in (run.model, other))
+        if not all(map(torch.equal, a, b)):
             raise HFDError(f"{run.args.factorized}: has other transforms than {run.args.model}; "
                            "make it by train.py autoencoder --init MODEL --prior factorized")
 
