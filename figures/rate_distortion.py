@@ -40,8 +40,8 @@ def measure(run):
     curves, quick, other = {}, run.args.quick, None
     if run.args.factorized:
         other = hfd.load_model(run.args.factorized, run.device)
-        a, b = ([*model.autoencoder.analysis.parameters(), *model.autoencoder.synthesis.parameters()]
-                for model in (run.model, other))
+        a, b = ([*coder.analysis.parameters(), *coder.synthesis.parameters()]
+                for coder in (run.model.autoencoder, other.autoencoder))
         if not all(map(torch.equal, a, b)):
             raise HFDError(f"{run.args.factorized}: has other transforms than {run.args.model}; "
                            "make it by train.py autoencoder --init MODEL --prior factorized")
