@@ -356,6 +356,7 @@ class ContextPrior(FactorizedPrior):
         about = F.avg_pool2d(about.view(k.shape), 3, stride=1, padding=1).flatten(2)  # (B, M, h*w)
         # In its own channel. Beyond the border, in cell h*w, is a zero.
         turn, around, share = coarse_to_fine(*k.shape[2:], k.device)    # (h*w,), of around (4, h*w)
+        # (index_select's gradient adds; that of [..., around] would sort all the numbers first.)
         mean, near = (F.pad(of, (0, 1)).index_select(2, around.flatten())
                       .unflatten(2, around.shape).sum(2) * share / 12
                       for of in (k.flatten(2), size))                               # (B, M, h*w)

@@ -218,7 +218,8 @@ def fit(run, draw):
         size, count = (2 * args.crop, max(1, args.batch // 4)) if late else (args.crop, args.batch)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         rate = min(1, (step + 1) / args.warmup) * cosine
-        scalars = [torch.full((), n, device=run.device) for n in (rate, 10 / (step + 11))]
+        share = 10 / (step + 11)                            # an average over the last tenth, nearly
+        scalars = [torch.full((), number, device=run.device) for number in (rate, share)]
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
             batch = draw(step, size, count)
         run.step_done(count * size ** 2, learn(*scalars, *batch))
@@ -423,10 +424,10 @@ def train_autoencoder(args, device, known):
         by_scale[0.1 if "linear" in name else 10 if name.startswith("prior") else 1].append(p)
     groups = [{"params": ps, "peak": args.lr * scale} for scale, ps in by_scale.items()]
 
-    def draw(step, size, batch):
+    def draw(step, size, count):
         """Random crops x (B, 3, size, size), each at a random level q (B,)."""
-        q = torch.randint(len(config.lambdas), (batch,), device=device)
-        return photos.crops(batch, size), q
+        q = torch.randint(len(config.lambdas), (count,), device=device)             # (B,)
+        return photos.crops(count, size), q
 
     fit(Run(args, device, model, [adam(groups)], photos), draw)
 
@@ -472,20 +473,20 @@ def train_diffusion(args, device, known):
     run = Run(args, device, model, optimizers, photos, autoencoder=base.identity.hex())
 
     @functools.lru_cache(1)
-    def pool(number, size, batch):
+    def pool(number, size, count):
         """(x, q, x_hat) for POOL steps: an x_hat is dear, but serves several draws of noise. All
         depends on the number alone, so a run may be resumed half-way through a pool."""
         run.seed(-1 - number)
-        q = torch.randint(levels, (POOL // 4 * batch,), device=device)              # (N,)
-        made = [pairs(photos.crops(batch, size + 2 * MARGIN), part) for part in q.split(batch)]
+        q = torch.randint(levels, (POOL // 4 * count,), device=device)              # (N,)
+        made = [pairs(photos.crops(count, size + 2 * MARGIN), part) for part in q.split(count)]
         x, x_hat = (torch.cat(each) for each in zip(*made))                # (N, 3, size, size) each
         return x, q, x_hat
 
-    def draw(step, size, batch):
+    def draw(step, size, count):
         """Pairs from the pool: (x, q, x_hat) of a batch."""
-        given = pool(step // POOL, size, batch)
+        given = pool(step // POOL, size, count)
         run.seed(step)                                      # again, if this step made the pool
-        chosen = torch.randperm(POOL // 4 * batch, device=device)[:batch]           # (B,)
+        chosen = torch.randperm(POOL // 4 * count, device=device)[:count]           # (B,)
         return [each[chosen] for each in given]
 
     fit(run, draw)

@@ -42,7 +42,7 @@ def measure(run):
         other = hfd.load_model(run.args.factorized, run.device)
         a, b = ([*coder.analysis.parameters(), *coder.synthesis.parameters()]
                 for coder in (run.model.autoencoder, other.autoencoder))
-        if not all(map(torch.equal, a, b)):
+        if not all(map(torch.equal, a, b)):                 # as numbers: averaging turns -0 into 0
             raise HFDError(f"{run.args.factorized}: has other transforms than {run.args.model}; "
                            "make it by train.py autoencoder --init MODEL --prior factorized")
 
