@@ -309,8 +309,10 @@ def test_two_processes_train_together(photos, out, monkeypatch, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = ("import sys, test_train as t; t.shrink(setattr); t.train.Run.end = lambda run: print("
-              "run.average.log_step.sum().item()); t.run(*sys.argv[1:])")
+    # It leaves without Python's last clean-up, in which PyTorch's threads abort once in a while.
+    script = ("import os, sys, test_train as t; t.shrink(setattr); t.train.Run.end = lambda run: "
+              "print(run.average.log_step.sum().item(), flush=True); t.run(*sys.argv[1:]); "
+              "os._exit(0)")
     own = {"RANK": "1", "PYTHONPATH": str(Path(__file__).parent)}
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": port}.items():
