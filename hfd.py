@@ -10,21 +10,18 @@ HFD: High-Fidelity Diffusion. Two stages:
    blurry: the best guess under squared error is an average over all that the bits leave open.
 2. A conditional diffusion model, trained to sample x given x_hat. It costs no bits at all.
 
-After the plain method stand extensions, each under its name, then pictures of any size, and last
-how a model is written and read. Symbols are the paper's: x image, y latent, x_hat reconstruction,
-t in [0, 1] time, z_t noisy image, eps noise, v velocity, alpha_t and sigma_t the scales of signal
-and noise, log_snr the logarithm of alpha_t^2 / sigma_t^2. Pictures are (B, 3, H, W), RGB, in
-[-1, 1]. A quality level q is a tensor (B,) in the networks, for a batch mixes levels, and an int
-where one picture is coded.
+Symbols are the paper's: x image, y latent, x_hat reconstruction, t in [0, 1] time, z_t noisy image,
+eps noise, v velocity, alpha_t and sigma_t the scales of signal and noise, log_snr the logarithm of
+alpha_t^2 / sigma_t^2. Pictures are (B, 3, H, W), RGB, in [-1, 1]. A quality level q is a tensor
+(B,) in the networks, for a batch mixes levels, and an int where one picture is coded.
 """
 import functools
 import hashlib
 import json
 import math
 import os
-import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 
 import numpy as np
@@ -201,7 +198,6 @@ class Autoencoder(nn.Module):
         weight = (self.lambdas.mean() / lambdas).sqrt()                             # (B,)
         return {"loss": weight * (bpp + lambdas * mse), "bpp": bpp, "mse": mse}
 
-    @torch.no_grad()
     def encode(self, x, q):
         """Picture (1, 3, H, W) in [-1, 1], sides multiples of 16, to its latent at level q, an int:
         k (1, M, H/16, W/16), int32. HFDError if a badly trained encoder makes no such numbers."""
@@ -212,7 +208,6 @@ class Autoencoder(nn.Module):
             raise HFDError("training has failed: no file can hold this latent; use a lower --lr")
         return u.round().int()
 
-    @torch.no_grad()
     def decode(self, k, q):
         """Latent k (1, M, h, w) at level q, an int, to x_hat (1, 3, 16 h, 16 w) in [-1, 1]."""
         level = torch.tensor([q], device=k.device)
@@ -488,8 +483,7 @@ class DiffusionPlus(Preconditioned):
     def velocity(self, z, log_snr, q, x_hat, energy=None):
         """As in Diffusion. energy: the map (B, 1, ., .) at a resolution that divides the picture's;
         where it is negative, that picture has none. None: no picture has one."""
-        if energy is None:
-            energy = z.new_full((len(z), 1, 1, 1), -1)
+        energy = z.new_full((len(z), 1, 1, 1), -1) if energy is None else energy    # (B, 1, ., .)
         there = (energy >= 0).to(z.dtype)                                           # (B, 1, ., .)
         hints = torch.cat([(energy - 4) / 4 * there, there], dim=1)                 # (B, 2, ., .)
         hints = F.interpolate(hints, (z.shape[2] // 2, z.shape[3] // 2))          # (B, 2, H/2, W/2)
@@ -532,7 +526,6 @@ class DPMStep:
     """DPM-Solver++(2M) (Lu et al. 2022), one object a picture. DDIM takes the denoiser's x as
     constant during a step, though it moves. So continue the line through its last two values to the
     middle of this step, in log_snr: second order, at the price of remembering one picture."""
-
     x_before, log_snr_before = None, math.inf
 
     def __call__(self, z, x, log_snr_t, log_snr_s, noise=None):
@@ -541,10 +534,9 @@ class DPMStep:
         if log_snr_t > self.log_snr_before:     # not at first, nor where log_snr is clamped
             ratio = (log_snr_s - log_snr_t) / (log_snr_t - self.log_snr_before)
             target = torch.lerp(x, self.x_before, float(-ratio / 2), out=self.x_before)
-        z, self.log_snr_before = ddim_step(z, target, log_snr_t, log_snr_s), log_snr_t
         # A copy, for predict_x may write into its canvas again.
-        self.x_before = x.clone() if self.x_before is None else self.x_before.copy_(x)
-        return z
+        self.x_before, self.log_snr_before = x.clone(), log_snr_t
+        return ddim_step(z, target, log_snr_t, log_snr_s)
 
 
 DENOISERS = {"plain": Diffusion, "preconditioned": Preconditioned, "plus": DiffusionPlus}
@@ -553,6 +545,7 @@ SAMPLERS = {"ddpm": lambda: ddpm_step, "ddim": lambda: ddim_step, "dpm": DPMStep
 
 
 # Pictures of any size, patch by patch -------------------------------------------------------------
+@torch.no_grad()
 def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
     """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
 
@@ -636,11 +629,10 @@ def sample_in_groups(diffusion, x_hat, q, seed=0, **settings):
     that do not touch take turns, each going all the way from noise to picture. Elsewhere the
     denoiser's x is replaced by what earlier groups made, or by x_hat, so that z_t there has the
     right noise level. An approximation: early groups cannot know what late ones will do."""
-    known = x_hat
+    x = x_hat                                                                       # (1, 3, H, W)
     for n, group in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):        # (row, column) modulo 2
-        known = sample_picture(diffusion, x_hat, q, seed=4 * seed + n, group=group, known=known,
-                               **settings)
-    return known
+        x = sample_picture(diffusion, x_hat, q, seed=4 * seed + n, group=group, known=x, **settings)
+    return x
 
 
 # A model is a folder of arrays: autoencoder.npz and, after stage 2, denoiser.npz ------------------
@@ -659,7 +651,7 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         if os.path.exists(path):
-            shutil.copymode(path, temporary)
+            os.chmod(temporary, os.stat(path).st_mode)
         os.replace(temporary, path)
     except OSError as error:
         if not error.errno:                                 # not the system's but Pillow's
@@ -711,8 +703,7 @@ def load_part(path, config_kind, device):
     # A forged configuration may ask for anything. So its numbers must be sane; then a network is
     # built on torch's device "meta", which takes no memory, and given the weights if they fit.
     config = config_kind(**about["config"])
-    numbers = np.hstack([value for name, value in vars(config).items()
-                         if not isinstance(getattr(config_kind, name), str)])
+    numbers = np.hstack([getattr(config, f.name) for f in fields(config) if f.type is not str])
     if not ((0 <= numbers) & (numbers <= 1024)).all() or len(numbers) + sum(config.blocks) > 64:
         raise ValueError("its configuration cannot be meant")
     with torch.device("meta"):

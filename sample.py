@@ -5,24 +5,10 @@
     python sample.py decompress photo.hfd photo.png
     python sample.py info photo.hfd                   or a model's folder
 
-An .hfd file is a header of 25 bytes, an optional HFD+ map, and the range-coded latent. Numbers are
-big-endian:
-
-    bytes  0-2   "HFD"
-           3     version of the format, 4
-           4     quality level, 1 .. Q
-           5     HFD+: side of the map's blocks in pixels as a power of two (4 .. 7), 0 for no map
-           6-9   width, height in pixels, 16 bits each
-          10-12  the picture's mean colour, R, G, B: coarse quantization would lose a faint tint
-          13-16  seed of the sampler's noise
-          17-20  identity of the autoencoder (hfd.Model)
-          21-24  CRC-32 of everything else
-          25-    with HFD+: bytes of the map (32 bits), the map; then the latent
-
-The identity names the autoencoder only: the diffusion model adds no bits, and may be retrained.
+An .hfd file is a header of 25 bytes, which are FIELDS and a CRC-32 of everything else; with HFD+ a
+map, its length in 32 bits before it; and the range-coded latent. Numbers are big-endian.
 """
 import argparse
-import bisect
 import importlib.util
 import io
 import itertools
@@ -45,9 +31,17 @@ import entropy
 import hfd
 from hfd import CELL, HFDError
 
-MAGIC, VERSION = b"HFD", 4
-FIELDS = "magic", "version", "quality", "block", "width", "height", "mean", "seed", "identity"
-HEADER = struct.Struct(">3sBBBHH3sI4s")     # of these; the checksum follows
+MAGIC = b"HFD\x04"          # the last byte is the version of the format
+FIELDS = {                  # of the header, as `struct` spells them
+    "magic": "4s",          # bytes 0-3
+    "quality": "B",         # 4: level, 1 .. Q
+    "block": "B",           # 5: side of the HFD+ map's blocks in pixels, as a power of two; or 0
+    "width": "H", "height": "H",    # 6-9: in pixels
+    "mean": "3s",           # 10-12: mean colour, R, G, B; coarse steps would lose a faint tint
+    "seed": "I",            # 13-16: of the sampler's noise
+    "identity": "4s",       # 17-20: of the autoencoder (hfd.Model); the denoiser may be retrained
+}
+HEADER = struct.Struct(">" + "".join(FIELDS.values()))
 HEADER_BYTES = HEADER.size + 4
 BLOCKS = (16, 32, 64, 128)                  # sides that an HFD+ map's blocks may have
 MAX_PIXELS = 100_000_000                    # a larger picture is refused before memory is taken
@@ -71,13 +65,13 @@ def compress(image, model, quality, seed=0, block=0):
         raise HFDError("this model's denoiser takes no HFD+ map; leave --plus out")
     times = [clock(model.device)]
     mean = np.asarray(image).mean(axis=(0, 1)).round().astype(np.uint8).tobytes()   # 3 bytes
-    header = dict(zip(FIELDS, (MAGIC, VERSION, quality, block.bit_length() - 1 if block else 0,
-                               image.width, image.height, mean, seed, model.identity)))
+    header = dict(zip(FIELDS, (MAGIC, quality, max(block.bit_length() - 1, 0), image.width,
+                               image.height, mean, seed, model.identity)))
     x, side = to_tensor(image, model.device), b""                                   # (1, 3, H', W')
     k = model.autoencoder.encode(x, q)                                              # (1, M, h, w)
     if block:
-        x_hat, std = reconstruct(k, header, model), model.diffusion.residual_std[q:quality]
-        energy = hfd.residual_energy(x, x_hat, std, block)                          # (1, 1, ., .)
+        x_hat = with_mean(model.autoencoder.decode(k, q), header)                   # (1, 3, H', W')
+        energy = hfd.residual_energy(x, x_hat, model.diffusion.residual_std[q:quality], block)
         side, _ = entropy.encode(energy[0].cpu().numpy(), hfd.MAP_TABLES, 0)
         side = struct.pack(">I", len(side)) + side
     times.append(clock(model.device))
@@ -95,11 +89,9 @@ def parse(data, name):
     """Check an .hfd file as far as that is possible without a model. Returns its header as a
     dictionary, with `block` in pixels, `energy` (bytes of the map) and `payload`. HFDError for any
     other file."""
-    if len(data) < HEADER_BYTES or data[:3] != MAGIC:
-        raise HFDError(f"{name}: not an .hfd file, or cut off in its header")
+    if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
+        raise HFDError(f"{name}: not an .hfd file of version {MAGIC[3]}, or cut off in its header")
     header = dict(zip(FIELDS, HEADER.unpack_from(data)))
-    if header["version"] != VERSION:
-        raise HFDError(f"{name}: in version {header['version']} of the format, not {VERSION}")
     energy, payload = b"", data[HEADER_BYTES:]
     crc = int.from_bytes(data[HEADER.size:HEADER_BYTES], "big")
     if zlib.crc32(payload, zlib.crc32(data[:HEADER.size])) != crc:
@@ -145,11 +137,6 @@ def with_mean(x, header):
     return x.add_((mean - found)[:, None, None]).clamp_(-1, 1)
 
 
-def reconstruct(k, header, model):
-    """What the autoencoder decodes from a latent (1, M, h, w): x_hat (1, 3, H', W') in [-1, 1]."""
-    return with_mean(model.autoencoder.decode(k, header["quality"] - 1), header)
-
-
 def decompress(data, model, name="file", rho=1.0, seed=None, grouped=False, **settings):
     """Bytes of an .hfd file to (PIL RGB image, report with seconds per part).
 
@@ -159,7 +146,7 @@ def decompress(data, model, name="file", rho=1.0, seed=None, grouped=False, **se
     header, times = parse(data, name), [clock(model.device)]
     k, energy = decode_latent(header, model, name)
     times.append(clock(model.device))
-    x_hat = reconstruct(k, header, model)                                           # (1, 3, H', W')
+    x_hat = with_mean(model.autoencoder.decode(k, header["quality"] - 1), header)   # (1, 3, H', W')
     del k                                       # frees 10 bytes a pixel before the sampler starts
     times.append(clock(model.device))
     if rho > 0:
@@ -225,8 +212,7 @@ def as_rgb(image):
         image = Image.fromarray(((65535 - values if inverted else values) // 257).astype(np.uint8))
     if image.has_transparency_data:
         remarks.append("transparency is dropped: the picture is laid on white")
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert({"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     if profile:
         try:
@@ -245,9 +231,8 @@ def as_rgb(image):
 def to_tensor(image, device):
     """PIL RGB image to (1, 3, H', W') in [-1, 1], continued to multiples of 16 by repeating the
     last row and column (which costs few bits, and is cropped off again)."""
-    array = np.asarray(image)
-    pad = [(0, -array.shape[0] % CELL), (0, -array.shape[1] % CELL), (0, 0)]
-    array = np.pad(array, pad, mode="edge")                                         # (H', W', 3)
+    pad = (0, -image.height % CELL), (0, -image.width % CELL), (0, 0)
+    array = np.pad(np.asarray(image), pad, mode="edge")                             # (H', W', 3)
     return torch.from_numpy(array).to(device).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
 
 
@@ -354,7 +339,7 @@ def run_info(args):
     data = Path(args.path).read_bytes()
     header = parse(data, args.path)
     width, height, block = header["width"], header["height"], header["block"]
-    print(f"{args.path}: HFD file, version {VERSION}, made by model {header['identity'].hex()}")
+    print(f"{args.path}: HFD file, version {MAGIC[3]}, made by model {header['identity'].hex()}")
     print(f"{width}x{height} pixels, quality {header['quality']}, seed {header['seed']}, " +
           (f"HFD+ map in blocks of {block}" if block else "no HFD+ map"))
     latent = len(header["payload"])
@@ -371,22 +356,20 @@ def portrait():
 def largest_within(size, image, kind="jpeg", **options):
     """(bytes, quality) of the best JPEG, or what Pillow calls `kind`, of at most `size` bytes, or
     of the smallest there is."""
-    def encode(quality):
-        """The bytes of the file at that quality."""
+    for quality in range(1, 96):                            # files grow with it
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=quality, **options)
-        return buffer.getvalue()
-    # Files grow with quality, so halving finds how many of the qualities 1 .. 95 fit.
-    fits = bisect.bisect_right(range(1, 96), size, key=lambda quality: len(encode(quality)))
-    return encode(max(1, fits)), max(1, fits)
+        if quality > 1 and buffer.tell() > size:
+            break
+        best = buffer.getvalue(), quality
+    return best
 
 
-def contact_sheet(pictures, detail, zoom):
-    """Pictures side by side, each (caption, PIL image), and below each an enlarged detail (left,
-    top, right, bottom)."""
+def contact_sheet(pictures):
+    """Pictures side by side, each (caption, PIL image), and below each its DETAIL, enlarged."""
     columns = []
     for caption, image in pictures:
-        enlarged = ImageOps.scale(image.crop(detail), zoom, Image.NEAREST)
+        enlarged = ImageOps.scale(image.crop(DETAIL), 4, Image.NEAREST)
         column = ImageOps.expand(image, (0, 30, 8, 8 + enlarged.height), "white")
         ImageDraw.Draw(column).text((4, 3), caption, "black", ImageFont.load_default(20))
         column.paste(enlarged, (0, 38 + image.height))
@@ -415,54 +398,16 @@ def run_demo(args):
     os.makedirs(args.out, exist_ok=True)
     hfd.write_atomically(os.path.join(args.out, "portrait.hfd"), lambda f: f.write(data))
     save_picture(picture, os.path.join(args.out, "portrait.png"))
-    save_picture(contact_sheet(shown, DETAIL, 4), os.path.join(args.out, "comparison.png"))
+    save_picture(contact_sheet(shown), os.path.join(args.out, "comparison.png"))
     print(f"wrote portrait.hfd, portrait.png and comparison.png in {args.out}")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the default of every flag that has one to tell."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Tells the default of every flag that has one to tell, and leaves docstrings' lines alone."""
 
     def _get_help_string(self, action):
         untold = action.default is None or action.default is False
         return action.help if untold else super()._get_help_string(action)
-
-
-def command_line():
-    """The parser of all commands, with the defaults in its help."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_subparsers(dest="command", required=True).add_parser
-    demo = add("demo", help="compress and decode a portrait, and compare", formatter_class=Help)
-    c = add("compress", help="picture to .hfd file", formatter_class=Help)
-    d = add("decompress", help=".hfd file to picture", formatter_class=Help)
-    info = add("info", help="what a file or a model says of itself", formatter_class=Help)
-    info.add_argument("path", nargs="?", default=MODEL, help=".hfd file, or a model's folder")
-    demo.add_argument("--out", default="demo", help="folder for what it writes")
-    c.add_argument("input", help="any picture that Pillow opens, of 8 or 16 bits and no PostScript")
-    c.add_argument("output", help=".hfd file to write")
-    c.add_argument("--plus", action="store_true", help="HFD+: add a map of where detail is missing")
-    c.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise")
-    d.add_argument("input", help=".hfd file")
-    d.add_argument("output", help="picture to write; its ending names the format, .png is exact")
-    d.add_argument("--sampler", choices=hfd.SAMPLERS, help="ddpm: ancestral; ddim: deterministic, "
-                   "the default of a flow (Euler's method); dpm: of second order, else the default")
-    d.add_argument("--grouped", action="store_true", help="patches take turns, as in the paper")
-    for flag, kind, default, text in (
-            ("steps", int, hfd.STEPS, "denoising steps: network evaluations per patch"),
-            ("rho", float, 1.0, "realism: 0 is the autoencoder's picture, 1 the full sample"),
-            ("seed", seed_number, None, "another draw than the one the file asks for"),
-            ("eta", float, None, "shift of the noise schedule; left out: by what is missing"),
-            ("patch", int, hfd.PATCH, "pixels a side, worked on at once"),
-            ("context", int, hfd.CONTEXT, "pixels that each patch sees around it; 128 is exact")):
-        d.add_argument("--" + flag, type=kind, default=default, help=text)
-    for p in (demo, c):
-        p.add_argument("--quality", type=int, default=2, help="1 (smallest) to 6 (best picture)")
-    for p in (c, d):
-        p.add_argument("--force", action="store_true", help="overwrite the output if it exists")
-    for p in (demo, c, d):
-        p.add_argument("--model", default=MODEL, help="folder of the model")
-        p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-    return parser
 
 
 def seed_number(text):
@@ -510,7 +455,36 @@ def run(main):
 
 def main(argv=None):
     """Run one command. argv: a list of words, or None for the shell's."""
-    args = command_line().parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_subparsers(dest="command", required=True).add_parser
+    demo = add("demo", help="compress and decode a portrait, and compare", formatter_class=Help)
+    c = add("compress", help="picture to .hfd file", formatter_class=Help)
+    d = add("decompress", help=".hfd file to picture", formatter_class=Help)
+    info = add("info", help="what a file or a model says of itself", formatter_class=Help)
+    info.add_argument("path", nargs="?", default=MODEL, help=".hfd file, or a model's folder")
+    demo.add_argument("--out", default="demo", help="folder for what it writes")
+    c.add_argument("input", help="any picture that Pillow opens, of 8 or 16 bits and no PostScript")
+    c.add_argument("output", help=".hfd file to write")
+    c.add_argument("--plus", action="store_true", help="HFD+: add a map of where detail is missing")
+    c.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise")
+    d.add_argument("input", help=".hfd file")
+    d.add_argument("output", help="picture to write; its ending names the format, .png is exact")
+    d.add_argument("--steps", type=int, default=hfd.STEPS, help="network evaluations per patch")
+    d.add_argument("--rho", type=float, default=1.0, help="realism: 0 invents nothing, 1 is full")
+    d.add_argument("--seed", type=seed_number, help="another draw than the one the file asks for")
+    d.add_argument("--sampler", choices=hfd.SAMPLERS, help="left out: dpm, or for a flow ddim")
+    d.add_argument("--eta", type=float, help="shift of the schedule; left out: by what is missing")
+    d.add_argument("--patch", type=int, default=hfd.PATCH, help="pixels a side, worked on at once")
+    d.add_argument("--context", type=int, default=hfd.CONTEXT, help="seen around it; 128 is exact")
+    d.add_argument("--grouped", action="store_true", help="patches take turns, as in the paper")
+    for p in (demo, c):
+        p.add_argument("--quality", type=int, default=2, help="1 (smallest) to 6 (best picture)")
+    for p in (c, d):
+        p.add_argument("--force", action="store_true", help="overwrite the output if it exists")
+    for p in (demo, c, d):
+        p.add_argument("--model", default=MODEL, help="folder of the model")
+        p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    args = parser.parse_args(argv)
     {"demo": run_demo, "compress": run_compress, "decompress": run_decompress,
      "info": run_info}[args.command](args)
 

@@ -11,7 +11,6 @@ ends where it would have ended uninterrupted, on a CPU bit for bit. Without --im
 import argparse
 import collections
 import copy
-import fcntl
 import functools
 import math
 import os
@@ -89,9 +88,8 @@ def picture_files(folder):
 
 class Photos:
     """Every picture of a folder, or 64 dead leaves without one, as uint8 on the device that trains:
-    decoding on the fly is what usually starves a GPU. Bad files are named and skipped. Pictures
-    with a side below `smallest` are continued by mirroring. Reading ends beyond `megapixels`.
-    variety: the chance of each variation, see `crops`. HFDError if there is no picture."""
+    decoding on the fly is what usually starves a GPU. Those with a side below `smallest` are
+    continued by mirroring. Reading ends beyond `megapixels`. HFDError if there is no picture."""
 
     def __init__(self, folder, smallest, device, megapixels, variety, seed):
         self.variety, self.images, total, rng = variety, [], 0, np.random.default_rng(seed)
@@ -116,8 +114,7 @@ class Photos:
         self.description = f"{len(self.images)} {kind}, {total:.0f} megapixels"
 
     def crops(self, count, size):
-        """Random crops (count, 3, size, size) in [-1, 1], each mirrored half of the time, and with
-        the chance `variety` each resized, softened, relit. Uses torch's global seed."""
+        """Random crops (count, 3, size, size) in [-1, 1], mirrored and varied, by torch's seed."""
         batch, share = [], self.variety
         for n, i, j, zoom, soft, light, mirror in torch.rand(count, 7).tolist():
             image = self.images[int(n * len(self.images))]                      # (3, H, W)
@@ -133,7 +130,7 @@ class Photos:
 
 # Optimizers ---------------------------------------------------------------------------------------
 # Each parameter group of an optimizer has a "peak", of which `fit` makes its learning rate.
-adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.99), fused=True, capturable=True)
 
 
 class Muon(torch.optim.Optimizer):
@@ -145,18 +142,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """Update each parameter (outputs, inputs, 3, 3) by its gradient."""
-        for group in self.param_groups:
-            by_shape = {}                                   # those of one shape are done at once
+        for group in self.param_groups:                     # of one shape each: done at once
+            ahead = []
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
-                ahead = p.grad + 0.95 * momentum                                    # Nesterov's
-                by_shape.setdefault(p.shape, []).append((p, ahead.flatten(1)))
-            for pairs in by_shape.values():
-                steps = orthonormal(torch.stack([ahead for _, ahead in pairs]))
-                for (p, _), step in zip(pairs, steps):
-                    p.sub_(group["lr"] * step.view(p.shape))
+                ahead.append((p.grad + 0.95 * momentum).flatten(1))                 # Nesterov's
+            for p, step in zip(group["params"], orthonormal(torch.stack(ahead))):
+                p.sub_(group["lr"] * step.view(p.shape))
 
 
 def orthonormal(matrices):
@@ -179,11 +173,9 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP     # Ctrl-C, a batch que
 
 def fit(run, draw):
     """Minimise the "loss" among the means that run.model(*batch) returns by name, with each batch
-    from draw(step, crop size, batch size).
-
-    Every random number of step n comes from the seed and n alone. So a saved run holds no random
-    state, and a resumed one sees the very crops and noise that it would have seen."""
-    args, bf16, cuda = run.args, hfd.fast_bf16(run.device), run.device.type == "cuda"
+    from draw(step, crop size, batch size). Every random number of step n comes from the seed and n
+    alone: a resumed run sees the very crops and noise that it would have seen."""
+    args, bf16 = run.args, hfd.fast_bf16(run.device)
     weights, averages = (list(model.parameters()) for model in (run.model, run.average))
 
     def learn(rate, share, *batch):
@@ -198,16 +190,15 @@ def fit(run, draw):
             for p in run.learned:
                 dist.all_reduce(p.grad.div_(run.world))
         terms["gradient"] = torch.nn.utils.clip_grad_norm_(run.learned, 1.0)
-        recording = cuda and torch.cuda.is_current_stream_capturing()
         for optimizer in run.optimizers:
-            for group in optimizer.param_groups:            # AdamW must be told of a recording
-                group |= {"lr": group["peak"] * rate, "capturable": recording}
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
             optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, [share] * len(weights))
         return {name: value.detach() for name, value in terms.items()}
 
-    if cuda and run.world == 1:         # we do not record what waits for other GPUs
+    if run.device.type == "cuda" and run.world == 1:    # what waits for other GPUs is not recorded
         learn = recorded(run, learn)
     while run.goes_on():
         step = run.step
@@ -228,9 +219,8 @@ def fit(run, draw):
 
 def recorded(run, learn):
     """The function `learn`, for a GPU that computes faster than Python can tell it what: a step is
-    a thousand small kernels. They are recorded once for each shape (a CUDA graph). From then on one
-    call starts them all, in the same order and on the same memory. So a new batch is copied to
-    where the recorded one lay. Random numbers still follow the seed."""
+    a thousand small kernels, recorded once for each shape (a CUDA graph). Then one call starts them
+    all, on the same memory: a new batch is copied to it. Random numbers still follow the seed."""
     calls, graphs = collections.Counter(), {}
     torch.cuda.synchronize(run.device)      # a GPU works through queues, called streams, of which
     torch.cuda.set_stream(torch.cuda.Stream(run.device))    # the default one cannot be recorded
@@ -260,10 +250,8 @@ def recorded(run, learn):
 
 
 class Run:
-    """What surrounds the loop: seeds, several GPUs, progress, signals, saving and resuming.
-
-    `step` counts steps done, `learned` are the parameters that are trained, `status` is 0 or what
-    to exit with. more: what else to write into what ships."""
+    """What surrounds the loop: seeds, several GPUs, progress, signals, saving and resuming. `step`
+    counts steps done; `status` is 0 or what to exit with; more: what else to tell in what ships."""
 
     def __init__(self, args, device, model, optimizers, photos, **more):
         self.args, self.device, self.model, self.optimizers = args, device, model, optimizers
@@ -319,8 +307,6 @@ class Run:
             raise HFDError(f"step {self.step}: the loss is {means['loss']}, the gradient "
                            f"{means['gradient']}; the last save may be spoiled, too: start anew, "
                            f"with a lower --lr than {self.args.lr}")
-        if "mse" in means:
-            means["PSNR"] = 10 * math.log10(255 ** 2 / means.pop("mse"))
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         pace = len(self.seen) / (time.time() - self.mark)                           # steps a second
         hours = (self.args.steps - self.step) / pace / 3600
@@ -365,7 +351,6 @@ class Run:
                 p.grad = torch.zeros_like(p)
             for optimizer in self.optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
         tensors = self.tensors()
         if {k: t.shape for k, t in tensors.items()} != {k: a.shape for k, a in arrays.items()}:
             raise HFDError(f"{self.args.state}: cannot be resumed, for it is of other networks")
@@ -416,9 +401,8 @@ def train_autoencoder(args, device, known):
         x, q = photos.crops(32, args.crop), torch.zeros(32, dtype=torch.long, device=device)
         with torch.no_grad():
             model.prior.fit_scale(model.analysis(x, q))
-    # The linear path starts at a good place, with entries of about 0.02: it is refined, ten times
-    # more slowly than the rest. The prior's parameters are octaves, and weights that end up a
-    # hundred times larger than they start: they may move ten times as fast.
+    # The linear path starts at a good place: it is refined, ten times slower than the rest. The
+    # prior has octaves, and weights that grow a hundredfold: they may move ten times as fast.
     by_scale = {0.1: [], 1: [], 10: []}
     for name, p in model.named_parameters():
         by_scale[0.1 if "linear" in name else 10 if name.startswith("prior") else 1].append(p)
@@ -465,11 +449,11 @@ def train_diffusion(args, device, known):
         q = torch.full((16,), level, device=device)
         gaps = torch.cat([torch.sub(*pairs(part, q)) for part in crops.split(16)])
         model.residual_std[level] = hfd.to_planes(gaps).square().mean(dim=(0, 2, 3)).sqrt()
-    blocks, rest = [], []
+    blocks, rest = collections.defaultdict(list), []        # Muon's, by shape, and Adam's
     for name, p in model.named_parameters():
-        (blocks if p.ndim == 4 and ".conv" in name else rest).append(p)
-    optimizers = [adam([{"params": rest, "peak": args.lr}]),
-                  Muon([{"params": blocks, "peak": 10 * args.lr}], {"lr": 0.0})]
+        (blocks[p.shape] if p.ndim == 4 and ".conv" in name else rest).append(p)
+    groups = [{"params": ps, "peak": 10 * args.lr} for ps in blocks.values()]
+    optimizers = [adam([{"params": rest, "peak": args.lr}]), Muon(groups, {"lr": 0.0})]
     run = Run(args, device, model, optimizers, photos, autoencoder=base.identity.hex())
 
     @functools.lru_cache(1)
@@ -495,8 +479,7 @@ def train_diffusion(args, device, known):
 # The command line ---------------------------------------------------------------------------------
 def command_line(**settings):
     """The parser of both stages, with the defaults in its help. settings: other defaults."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=sample.Help)
     add = parser.add_subparsers(dest="stage", required=True).add_parser
     ae = add("autoencoder", help="stage 1: rate + lambda * MSE", formatter_class=sample.Help)
     diffusion = add("diffusion", help="stage 2: x given x_hat", formatter_class=sample.Help)
@@ -530,9 +513,8 @@ def command_line(**settings):
 
 
 def parsed(argv):
-    """The flags in argv; with --resume, what the run in --out was started with is their default.
-    To them come `part` and `state`, the paths of what ships and of what --resume needs, and the
-    `recipe`, as far as it is known. HFDError for flags without sense."""
+    """The flags in argv (with --resume a run's own are the defaults), and `part` and `state`, paths
+    of what ships and of what --resume needs, and the `recipe`. HFDError for flags without sense."""
     args = command_line().parse_args(argv)
     part = Path(args.out, "autoencoder.npz" if args.stage == "autoencoder" else "denoiser.npz")
     state = part.with_suffix(".training.npz")
@@ -562,11 +544,8 @@ def main(argv=None):
     """Run one command. argv: a list of words, or None for the shell's."""
     args = parsed(sys.argv[1:] if argv is None else argv)
     os.makedirs(args.out, exist_ok=True)
-    folder = os.open(args.out, os.O_RDONLY)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        if os.environ.get("RANK", "0") == "0":              # two runs would ruin each other's files
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if "WORLD_SIZE" in os.environ:                      # torchrun: a process per GPU
             if args.device in ("auto", "cuda") and torch.cuda.is_available():
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -576,12 +555,9 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         stage = train_autoencoder if args.stage == "autoencoder" else train_diffusion
         stage(args, device, known)
-    except BlockingIOError:
-        raise HFDError(f"{args.out}: another run writes to it; choose another --out") from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        os.close(folder)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -249,7 +249,7 @@ class Run:
         data, _ = sample.compress(self.images[i], self.model, level, self.args.seed + i)
         header = sample.parse(data, self.names[i])
         k, _ = sample.decode_latent(header, self.model, self.names[i])
-        return data, sample.reconstruct(k, header, self.model)
+        return data, sample.with_mean(self.model.autoencoder.decode(k, level - 1), header)
 
     def sample(self, level, i, diffusion=None, seed=0, **settings):
         """What HFD draws from that file, (1, 3, H', W'), as sample.decompress does. diffusion: None

@@ -26,7 +26,7 @@ def main(argv=None):
     numbers = {name: round(sample.psnr(image, decoded), 2) for name, decoded in shown[1:]}
     for name, decibels in numbers.items():
         print(f"{name:28} PSNR {decibels:.2f} dB")
-    rows = [sample.contact_sheet(shown[n:n + 3], sample.DETAIL, 4) for n in (0, 3)]
+    rows = [sample.contact_sheet(shown[n:n + 3]) for n in (0, 3)]
     run.finish(Image.fromarray(np.vstack(rows)), psnr=numbers)
 
 
