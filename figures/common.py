@@ -157,7 +157,7 @@ class Run:
         self.about = {
             "flags": {flag: value for flag, value in vars(args).items()
                       if flag in ("seed", "quick", "level")},
-            "sampler": [hfd.STEPS, hfd.PATCH, hfd.CONTEXT, hfd.RELATIVE_ETA],
+            "sampler": [hfd.STEPS, hfd.PATCH, hfd.CONTEXT, hfd.RELATIVE_ETA, hfd.WARP],
             "hardware": train.hardware(self.device), "torch": str(torch.__version__),
             "pillow": PIL.__version__, "distances": self.distances,
             "pictures": [self.names, digest(*(image.tobytes() for image in self.images))],

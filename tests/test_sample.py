@@ -49,7 +49,8 @@ def test_same_input_same_bytes_same_pixels(photo, model, data):
     """The same picture gives the same file, which gives the same pixels. Another seed draws another
     picture of the same latent. rho mixes blurry and sampled."""
     assert sample.compress(photo, model, 2, seed=7)[0] == data
-    eta = 1.5 * model.diffusion.residual_std[1].square().mean().sqrt().item()       # the default
+    std = model.diffusion.residual_std[1].square().mean().sqrt().item()
+    eta = hfd.RELATIVE_ETA * std                                                    # the default
     ways = ({}, {"sampler": "ddpm"}, {"sampler": "ddim"}, {"eta": 2 * eta},
             {"grouped": True, "patch": 32})
     drawn = [decode(data, model, **way) for way in ways]
