@@ -475,7 +475,7 @@ def main(argv=None):
     d.add_argument("--sampler", choices=hfd.SAMPLERS, help="left out: dpm, or for a flow ddim")
     d.add_argument("--eta", type=float, help="shift of the schedule; left out: by what is missing")
     d.add_argument("--patch", type=int, default=hfd.PATCH, help="pixels a side, worked on at once")
-    d.add_argument("--context", type=int, default=hfd.CONTEXT, help="seen around it; 128 is exact")
+    d.add_argument("--context", type=int, default=hfd.CONTEXT, help="pixels around; 128 is exact")
     d.add_argument("--grouped", action="store_true", help="patches take turns, as in the paper")
     for p in (demo, c):
         p.add_argument("--quality", type=int, default=2, help="1 (smallest) to 6 (best picture)")
