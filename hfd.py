@@ -534,9 +534,10 @@ class DPMStep:
         if log_snr_t > self.log_snr_before:     # not at first, nor where log_snr is clamped
             ratio = (log_snr_s - log_snr_t) / (log_snr_t - self.log_snr_before)
             target = torch.lerp(x, self.x_before, float(-ratio / 2), out=self.x_before)
+        z, self.log_snr_before = ddim_step(z, target, log_snr_t, log_snr_s), log_snr_t
         # A copy, for predict_x may write into its canvas again.
-        self.x_before, self.log_snr_before = x.clone(), log_snr_t
-        return ddim_step(z, target, log_snr_t, log_snr_s)
+        self.x_before = x.clone() if self.x_before is None else self.x_before.copy_(x)
+        return z
 
 
 DENOISERS = {"plain": Diffusion, "preconditioned": Preconditioned, "plus": DiffusionPlus}
@@ -575,7 +576,7 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
 
 STEPS, PATCH, CONTEXT = 8, 512, 64      # the defaults, chosen on photographs held out of stage 2
 RELATIVE_ETA = 2.0                      # likewise, in units of the residual's standard deviation
-WARP = 1.5                              # likewise: above 1, steps become finer towards t = 0
+WARP = 1.5                              # likewise: t^WARP for t, finer steps towards t = 0
 
 
 def fast_bf16(device):
@@ -621,8 +622,8 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
         return canvas
 
     def schedule(t):
-        """The network is told log_snr, not t: it may be sampled under another eta than in training,
-        and in other steps. Fine detail is decided late (Karras et al. 2022, section 3)."""
+        """log_snr at times t, in t's shape. The network is told log_snr, not t: so eta may differ
+        from training's, and steps be finer where detail is decided (Karras et al. 2022, sec. 3)."""
         return diffusion.schedule(t ** WARP, eta)
     x = sample_loop(predict_x, steps, SAMPLERS[sampler](), schedule, noise, on_step)
     return x.clamp_(-1, 1)                                                          # (1, 3, H, W)

@@ -359,7 +359,7 @@ def largest_within(size, image, kind="jpeg", **options):
     for quality in range(1, 96):                            # files grow with it
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=quality, **options)
-        if quality > 1 and buffer.tell() > size:
+        if quality > 1 and len(buffer.getbuffer()) > size:
             break
         best = buffer.getvalue(), quality
     return best

@@ -130,6 +130,7 @@ class Photos:
 
 # Optimizers ---------------------------------------------------------------------------------------
 # Each parameter group of an optimizer has a "peak", of which `fit` makes its learning rate.
+# "capturable": a GPU's step may be recorded (see `recorded`); it changes no number.
 adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.99), fused=True, capturable=True)
 
 
