@@ -84,7 +84,7 @@ class FactorizedPrior(nn.Module):
         k: what a context is taken from, as u (in training one is noisy and the other rounded, see
         hfd.Autoencoder.forward); step: (B, M, 1, 1); q: (B,)."""
         mu, width = self.where(k, step, q)
-        return -torch.log2(self.likelihood(u - mu, width) + 2.0 ** -30)     # a stray's: it escapes
+        return -torch.log2(self.likelihood(u - mu, width) + 2.0 ** -30)     # strays escape
 
     @torch.no_grad()
     def freeze(self, steps):
@@ -96,7 +96,7 @@ class FactorizedPrior(nn.Module):
 
 
 def limited(octaves):
-    """Octaves, clamped to LIMITS. One per cent of the gradient passes, so that strays come back."""
+    """Octaves, clamped to LIMITS. Beyond these 1 % of the gradient passes: strays come back."""
     return octaves.clamp(*LIMITS) + 0.01 * (octaves - octaves.detach())
 
 
@@ -300,8 +300,8 @@ def decode(data, tables, q, shape):
 # channel's usual width, and weights >= 0 (Buccigrossi & Simoncelli 1999 have this for wavelets),
 #
 #     width *= 2^by_pass (1 + across . sizes of the channels before this one, in the same cell
-#                           + window . their means over 3x3 cells (beyond the border all is zero)
-#                           + near * the mean size of four neighbours in its own channel)
+#                           + window . their means over 3x3 cells, zero beyond the border
+#                           + near * the mean size of up to four neighbours in its own channel)
 #
 # Second, where they will be: mu is `shift` times the mean of the four neighbours. That matters for
 # few channels, but for these much: neighbouring blocks differ little in their mean colour, which is
@@ -360,7 +360,8 @@ class ContextPrior(FactorizedPrior):
         mean, near = (F.pad(of, (0, 1)).index_select(2, around.flatten())
                       .unflatten(2, around.shape).sum(2) * share / 12
                       for of in (k.flatten(2), size))                               # (B, M, h*w)
-        by_pass, shift, weight = (a.T[:, turn] for a in (self.by_pass, self.shift, self.near.abs()))
+        weights = self.by_pass, self.shift, self.near.abs()                         # (P, M) each
+        by_pass, shift, weight = (a.T[:, turn] for a in weights)                    # (M, h*w) each
         total = 1 + here + about + weight * near                                    # (B, M, h*w)
         octaves = limited(octaves.flatten(2) + by_pass + torch.log2(total))         # (B, M, h*w)
         return (shift * mean).view(k.shape), torch.exp2(octaves).view(k.shape)
@@ -370,8 +371,8 @@ class ContextPrior(FactorizedPrior):
         """This prior as integer ContextTables, for quantization steps (Q, M)."""
         octaves, prior = super().freeze(steps).octaves, copy.deepcopy(self).cpu().double()
         by_pass = (prior.by_pass * OCTAVE).round().int().numpy()                    # (P, M)
-        sizes = prior.near.abs(), prior.across.abs().tril(-1), prior.window.abs().tril(-1)
-        weights = prior.shift * UNIT, *(size * WEIGHT for size in sizes)
+        of_sizes = prior.near.abs(), prior.across.abs().tril(-1), prior.window.abs().tril(-1)
+        weights = prior.shift * UNIT, *(weight * WEIGHT for weight in of_sizes)
         weights = [a.round().clamp(-1 << 15, (1 << 15) - 1).short().numpy() for a in weights]
         counts = cumulative_counts(prior, np.arange(-SHIFTS // 2, SHIFTS // 2) / SHIFTS)
         return ContextTables(*counts, octaves, by_pass, *weights).validate()

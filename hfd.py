@@ -12,8 +12,9 @@ HFD: High-Fidelity Diffusion. Two stages:
 
 Symbols are the paper's: x image, y latent, x_hat reconstruction, t in [0, 1] time, z_t noisy image,
 eps noise, v velocity, alpha_t and sigma_t the scales of signal and noise, log_snr the logarithm of
-alpha_t^2 / sigma_t^2. Pictures are (B, 3, H, W), RGB, in [-1, 1]. A quality level q is a tensor
-(B,) in the networks, for a batch mixes levels, and an int where one picture is coded.
+alpha_t^2 / sigma_t^2. Pictures are (B, 3, H, W), RGB, in [-1, 1]. A quality level q counts from 0
+(to users: from 1). It is a tensor (B,) in the networks, for a batch mixes levels, and an int where
+one picture is coded.
 """
 import functools
 import hashlib
@@ -60,8 +61,8 @@ def transform_basis(count):
     one end, and with their mirror image in the next block they fade in and out. One more rotation
     packs the energy of pixels whose neighbours have a correlation of 0.95."""
     n = torch.arange(CELL, dtype=torch.float64)
-    dct = torch.cos(math.pi / CELL * (n + 0.5) * n[:, None]) * math.sqrt(2 / CELL)  # (16, 16)
-    dct[0] /= math.sqrt(2)
+    dct = torch.cos(math.pi / CELL * (n + 0.5) * n[:, None]) * math.sqrt(2 / CELL)
+    dct[0] /= math.sqrt(2)                                  # (16, 16): frequency, pixel
     fade = (dct[0::2] - dct[1::2]) / 2                                              # (8, 16)
     lapped = torch.cat([torch.cat([fade, sign * fade.flip(1)], 1) for sign in (1, -1)])   # (16, 32)
     wide = torch.arange(2 * CELL, dtype=torch.float64)
@@ -148,8 +149,8 @@ class Synthesis(Transform):
 
 
 class Autoencoder(nn.Module):
-    """Transforms, quantization steps and prior. The paper trains one autoencoder per rate. This one
-    serves the whole curve: each quality level has a quantization step of its own per channel."""
+    """Transforms, quantization steps and prior. The paper trains one per rate. This one serves the
+    whole curve: each quality level has a quantization step of its own per channel."""
 
     def __init__(self, config):
         super().__init__()
@@ -194,7 +195,7 @@ class Autoencoder(nn.Module):
         bpp = bits / (x.shape[2] * x.shape[3])                                      # (B,) rate
         x_hat = self.synthesis(self.dequantize(rounded, q), q)                      # (B, 3, H, W)
         mse = (x_hat - x).square().mean(dim=(1, 2, 3)) * 127.5 ** 2                 # (B,) error
-        # The sum grows with lambda: make all levels count alike.
+        # The sum grows with lambda: make levels count more alike.
         weight = (self.lambdas.mean() / lambdas).sqrt()                             # (B,)
         return {"loss": weight * (bpp + lambdas * mse), "bpp": bpp, "mse": mse}
 
@@ -331,7 +332,7 @@ class Diffusion(nn.Module):
         x = alpha z - sigma v,   eps = sigma z + alpha v
 
     A network that predicts eps has its error in x multiplied by sigma / alpha, one that predicts x
-    the reverse: each explodes at one end of time. With v neither does."""
+    its error in eps by alpha / sigma: each explodes at one end of time. With v neither does."""
     inputs, outputs = 24, 12          # planes of the U-Net: 2x2 pixels of three colours make twelve
 
     def __init__(self, config):
@@ -342,7 +343,7 @@ class Diffusion(nn.Module):
         self.register_buffer("residual_std", torch.full((config.levels, 12), 0.1))
 
     def velocity(self, z, log_snr, q, x_hat):
-        """The network's v for z_t = z, both (B, 3, H, W); log_snr, q: (B,)."""
+        """The network's v, in the shape of z_t = z and x_hat, (B, 3, H, W); log_snr, q: (B,)."""
         # 2x2 squares of pixels become channels, so that no convolution runs at full resolution.
         planes = F.pixel_unshuffle(torch.cat([z, x_hat], dim=1), 2)              # (B, 24, H/2, W/2)
         return F.pixel_shuffle(self.net(planes, log_snr, q), 2)                     # (B, 3, H, W)
@@ -374,18 +375,18 @@ def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
     """Ancestral sampling, from t to a smaller s (Ho et al. 2020, as in Kingma et al. 2021): draw
     z_s from
 
-        q(z_s | z_t, x) = N(alpha_s ((1 - c) z_t / alpha_t + c x), sigma_s^2 c),
-        c = 1 - SNR_t / SNR_s
+        q(z_s | z_t, x) = N(alpha_s ((1 - kappa) z_t / alpha_t + kappa x), sigma_s^2 kappa),
+        kappa = 1 - SNR_t / SNR_s
 
     z: z_t, overwritten, for it may be large; x: the denoiser's; noise(): a standard normal."""
     (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
-    c = -torch.expm1(log_snr_t - log_snr_s)     # expm1: for small steps 1 - ratio would cancel
-    z.mul_(float(alpha_s * (1 - c) / alpha_t)).add_(x, alpha=float(alpha_s * c))    # the mean
-    return z.add_(noise(), alpha=float(sigma_s * c.sqrt()))                         # + std * noise
+    kappa = -torch.expm1(log_snr_t - log_snr_s)     # expm1: for small steps 1 - ratio would cancel
+    z.mul_(float(alpha_s * (1 - kappa) / alpha_t)).add_(x, alpha=float(alpha_s * kappa))  # the mean
+    return z.add_(noise(), alpha=float(sigma_s * kappa.sqrt()))                     # + std * noise
 
 
 @torch.no_grad()
-def sample_loop(predict_x, steps, step, schedule, noise, on_step=lambda: None):
+def sample_loop(predict_x, steps, step, schedule, noise):
     """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
 
     predict_x(z, log_snr): the denoiser, log_snr a float64 scalar tensor; step: ddpm_step or another
@@ -395,7 +396,6 @@ def sample_loop(predict_x, steps, step, schedule, noise, on_step=lambda: None):
     z = noise()
     for log_snr_t, log_snr_s in zip(log_snr, log_snr[1:]):
         x = predict_x(z, log_snr_t)
-        on_step()
         z = step(z, x, log_snr_t, log_snr_s, noise)
     return x
 
@@ -443,7 +443,8 @@ class Preconditioned(Diffusion):
         z, x_hat = to_planes(z), to_planes(x_hat)                                # (B, 12, H/2, W/2)
         alpha, sigma, s, S = self.spread(log_snr, q)
         d = z - alpha * x_hat                                                    # (B, 12, H/2, W/2)
-        mean, whitened = alpha * sigma * (1 - s ** 2) * d / S - sigma * x_hat, d / S.sqrt()
+        mean = alpha * sigma * (1 - s ** 2) * d / S - sigma * x_hat              # (B, 12, H/2, W/2)
+        whitened = d / S.sqrt()                                                  # (B, 12, H/2, W/2)
         # In truth s is large in grass, next to nothing in the sky. Were it known for each pixel,
         # E[v | z] would still be linear in d, with another slope. So the network gives two numbers
         # for each: a gain that corrects the slope, and a shift for what a slope cannot say.
@@ -453,7 +454,7 @@ class Preconditioned(Diffusion):
 
     def forward(self, x, q, x_hat, *given):
         """The training objective: the squared error of v over its variance in closed form, so that
-        1 means that the network adds nothing. Planes count in proportion to their s."""
+        1 means that the network adds nothing. Planes count in proportion to s. given: the map."""
         log_snr, z, v = self.diffuse(x)
         error = to_planes(self.velocity(z, log_snr, q, x_hat, *given) - v)       # (B, 12, H/2, W/2)
         _, _, s, S = self.spread(log_snr, q)
@@ -462,12 +463,12 @@ class Preconditioned(Diffusion):
 
 
 # Extension 2: HFD+, a little side information (this map and its code are ours) --------------------
-ENERGY_LEVELS = 8   # of the map: powers of two of the residual's expected energy, from 2^-4 to 2^3
+ENERGY_LEVELS = 8   # of the map: the residual's energy over what is usual, 2^-4 to 2^3
 MAP_TABLES = entropy.MapTables(ENERGY_LEVELS)
 
 
 def residual_energy(x, x_hat, std, block):
-    """The HFD+ map, how much detail x_hat lacks, block by block: 0..7, in powers of two, for
+    """The HFD+ map, how much detail x_hat lacks, block by block: the nearest of 0 .. 7 to
     4 + log2(mean square residual / std^2). x, x_hat: (B, 3, H, W); std: (B, 12), the usual rms
     residual at their level; block: pixels. Returns (B, 1, H / block, W / block), rounded up."""
     energy = (x - x_hat).square_().mean(dim=1, keepdim=True)                        # (B, 1, H, W)
@@ -548,7 +549,7 @@ SAMPLERS = {"ddpm": lambda: ddpm_step, "ddim": lambda: ddim_step, "dpm": DPMStep
 # Pictures of any size, patch by patch -------------------------------------------------------------
 @torch.no_grad()
 def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
-    """out[...] = f(*inputs), one tile at a time, so that memory does not grow with the picture.
+    """out[...] = f(*inputs), one tile at a time: what f needs does not grow with the picture.
 
     Our networks are convolutions, without attention or normalisation over space: an output pixel
     depends on inputs at most one *receptive field radius* away. So a tile evaluated with `context`
@@ -574,9 +575,10 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
         cut(out, n, top, top + tile, left, left + tile).copy_(inner)
 
 
-STEPS, PATCH, CONTEXT = 8, 512, 64      # the defaults, chosen on photographs held out of stage 2
-RELATIVE_ETA = 2.0                      # likewise, in units of the residual's standard deviation
-WARP = 1.5                              # likewise: t^WARP for t, finer steps towards t = 0
+# The defaults. STEPS, RELATIVE_ETA and WARP were chosen on photographs held out of training.
+STEPS, PATCH, CONTEXT = 8, 512, 64
+RELATIVE_ETA = 2.0                      # in units of the residual's standard deviation
+WARP = 1.5                              # t^WARP for t, finer steps towards t = 0
 
 
 def fast_bf16(device):
@@ -619,14 +621,14 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             apply_tiled(lambda z, *given: diffusion.predict_x(z, now, level, *given),
                         [z, *given], canvas, patch, context, group)
+        on_step()
         return canvas
 
     def schedule(t):
         """log_snr at times t, in t's shape. The network is told log_snr, not t: so eta may differ
         from training's, and steps be finer where detail is decided (Karras et al. 2022, sec. 3)."""
         return diffusion.schedule(t ** WARP, eta)
-    x = sample_loop(predict_x, steps, SAMPLERS[sampler](), schedule, noise, on_step)
-    return x.clamp_(-1, 1)                                                          # (1, 3, H, W)
+    return sample_loop(predict_x, steps, SAMPLERS[sampler](), schedule, noise).clamp_(-1, 1)
 
 
 def sample_in_groups(diffusion, x_hat, q, seed=0, **settings):
@@ -689,8 +691,8 @@ def read_archive(path):
 
 
 def save_part(path, network, recipe, **more):
-    """Write what ships of a stage: matrices in half precision, a prior frozen to integer tables.
-    recipe: how it was made; more: what else to tell."""
+    """Write what ships of a stage: layers' weights in half precision, a prior frozen to integer
+    tables. recipe: how it was made; more: what else to tell."""
     arrays = {f"weights.{name}": t.half() if name.endswith("weight") else t
               for name, t in network.state_dict().items()}
     if isinstance(network, Autoencoder):

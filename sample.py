@@ -34,8 +34,8 @@ from hfd import CELL, HFDError
 MAGIC = b"HFD\x04"          # the last byte is the version of the format
 FIELDS = {                  # of the header, as `struct` spells them
     "magic": "4s",          # bytes 0-3
-    "quality": "B",         # 4: level, 1 .. Q
-    "block": "B",           # 5: side of the HFD+ map's blocks in pixels, as a power of two; or 0
+    "quality": "B",         # 4: 1 .. Q; the networks' q is one less
+    "block": "B",           # 5: log2 of the side of the HFD+ map's blocks in pixels; 0: no map
     "width": "H", "height": "H",    # 6-9: in pixels
     "mean": "3s",           # 10-12: mean colour, R, G, B; coarse steps would lose a faint tint
     "seed": "I",            # 13-16: of the sampler's noise
@@ -87,7 +87,7 @@ def compress(image, model, quality, seed=0, block=0):
 
 def parse(data, name):
     """Check an .hfd file as far as that is possible without a model. Returns its header as a
-    dictionary, with `block` in pixels, `energy` (bytes of the map) and `payload`. HFDError for any
+    dictionary, with `block` in pixels, `energy` and `latent`, the bytes of both. HFDError for any
     other file."""
     if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
         raise HFDError(f"{name}: not an .hfd file of version {MAGIC[3]}, or cut off in its header")
@@ -104,7 +104,7 @@ def parse(data, name):
         if header["block"] not in BLOCKS or len(payload) < size:
             raise HFDError(f"{name}: its HFD+ map cannot be read")
         energy, payload = payload[4:size], payload[size:]
-    return header | {"energy": energy, "payload": payload}
+    return header | {"energy": energy, "latent": payload}
 
 
 def decode_latent(header, model, name):
@@ -124,7 +124,7 @@ def decode_latent(header, model, name):
             energy = entropy.decode(header["energy"], hfd.MAP_TABLES, 0, blocks)
             energy = torch.from_numpy(energy.repeat(n, 1).repeat(n, 2)[:, :h, :w])  # (1, h, w)
             energy = energy[None].to(model.device)                                  # (1, 1, h, w)
-        k = entropy.decode(header["payload"], model.tables, header["quality"] - 1, (M, h, w))
+        k = entropy.decode(header["latent"], model.tables, header["quality"] - 1, (M, h, w))
     except ValueError as error:
         raise HFDError(f"{name}: {error}") from None
     return torch.from_numpy(k)[None].to(model.device), energy
@@ -342,7 +342,7 @@ def run_info(args):
     print(f"{args.path}: HFD file, version {MAGIC[3]}, made by model {header['identity'].hex()}")
     print(f"{width}x{height} pixels, quality {header['quality']}, seed {header['seed']}, " +
           (f"HFD+ map in blocks of {block}" if block else "no HFD+ map"))
-    latent = len(header["payload"])
+    latent = len(header["latent"])
     print(f"{len(data)} bytes ({8 * len(data) / (width * height):.4f} bpp): {HEADER_BYTES} header, "
           f"{len(data) - HEADER_BYTES - latent} map, {latent} latent")
 

@@ -161,7 +161,7 @@ def orthonormal(matrices):
     of it can be done on the small G G^T, at less than half of the cost."""
     G = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)             # (n, rows, columns)
     gram = G @ G.mT                                                                # (n, rows, rows)
-    root = one = torch.eye(gram.shape[1], device=G.device)                          # gram^(-1/2)
+    root = one = torch.eye(gram.shape[1], device=G.device)          # root becomes gram^(-1/2)
     for _ in range(5):
         p = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
         root, gram = p @ root, p @ gram @ p
@@ -554,8 +554,7 @@ def main(argv=None):
         device = sample.pick_device(args.device)
         known = hfd.load_model(args.init, device) if args.init else None
         torch.manual_seed(args.seed)
-        stage = train_autoencoder if args.stage == "autoencoder" else train_diffusion
-        stage(args, device, known)
+        (train_autoencoder if args.stage == "autoencoder" else train_diffusion)(args, device, known)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

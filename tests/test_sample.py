@@ -82,7 +82,7 @@ def test_the_energy_map_travels_in_the_file(photo, model, data):
     for block, most in ((16, 1 + 5 * 7 // 2), (128, 1)):
         plus, _ = sample.compress(photo, model, 2, seed=7, block=block)
         header = sample.parse(plus, "file")
-        assert 1 << plus[5] == block and header["payload"] == parsed["payload"]
+        assert 1 << plus[5] == block and header["latent"] == parsed["latent"]
         assert int.from_bytes(plus[25:29], "big") == len(header["energy"])
         assert len(plus) == len(data) + 4 + len(header["energy"]) <= len(data) + 4 + most
         sent = hfd.residual_energy(x, x_hat, model.diffusion.residual_std[1:2], block)
