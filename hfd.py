@@ -390,8 +390,8 @@ def sample_loop(predict_x, steps, step, schedule, noise):
     """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
 
     predict_x(z, log_snr): the denoiser, log_snr a float64 scalar tensor; step: ddpm_step or another
-    one; schedule: t to log_snr, tensors; noise(): a fresh standard normal tensor; on_step(): called
-    after each evaluation. Returns the last x of the denoiser, in the shape of noise()."""
+    one; schedule: t to log_snr, tensors; noise(): a fresh standard normal tensor. Returns the last
+    x of the denoiser, in the shape of noise()."""
     log_snr = schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))        # (steps + 1,)
     z = noise()
     for log_snr_t, log_snr_s in zip(log_snr, log_snr[1:]):
@@ -602,8 +602,8 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
 
     q: an int; energy: None or the HFD+ map, one value per CELL, (1, 1, H/16, W/16); sampler: of
     SAMPLERS, None for "dpm", or for a flow Euler's step, "ddim"; seed: of the noise, drawn on the
-    CPU; eta: None for RELATIVE_ETA times the residual's standard deviation; group, known: for
-    sample_in_groups."""
+    CPU; eta: None for RELATIVE_ETA times the residual's standard deviation; on_step(): called after
+    each step; group, known: for sample_in_groups."""
     device, generator = x_hat.device, torch.Generator().manual_seed(seed)
     level = torch.tensor([q], device=device)                                        # (1,)
     canvas = (x_hat if known is None else known).clone()                            # (1, 3, H, W)
