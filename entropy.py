@@ -10,8 +10,7 @@ A latent y has been rounded to integers k. Part I codes these without loss, and 
    cent of the cross-entropy under these tables.
 
 Part II goes beyond the minimum: a *context model* moves and widens the prior symbol by symbol. M
-channels, Q quality levels; latents are (B, M, h, w) of B pictures or (M, h, w) of one. A level q is
-a tensor (B,) in the priors, for a batch mixes levels, and an int wherever one picture is coded.
+channels, Q quality levels; latents are (B, M, h, w) of B pictures or (M, h, w) of one.
 """
 import copy
 import functools
@@ -96,7 +95,7 @@ class FactorizedPrior(nn.Module):
 
 
 def limited(octaves):
-    """Octaves, clamped to LIMITS. Beyond these 1 % of the gradient passes: strays come back."""
+    """Octaves, clamped to LIMITS; 1 % more gradient everywhere leaves 1 % beyond: strays return."""
     return octaves.clamp(*LIMITS) + 0.01 * (octaves - octaves.detach())
 
 
@@ -222,7 +221,7 @@ class RangeEncoder:
     def finish(self):
         """The bytes of the message. The decoder reads up to 8 zeros past the end, so take the
         number in the interval that ends in the most zeros, and do not write them."""
-        rounded = (-(-self.low >> zeros) << zeros for zeros in range(64, -1, -8))   # up: all >= low
+        rounded = (-(-self.low >> zeros) << zeros for zeros in (64, 56))        # up: both >= low
         value = next(value for value in rounded if value < self.low + self.range)
         bytes_, carries = bytes(d & 255 for d in self.digits), bytes(d >> 8 for d in self.digits)
         message = (int.from_bytes(bytes_) << 64) + (int.from_bytes(carries) << 72) + value
@@ -265,7 +264,6 @@ def encode(k, tables, q):
     coder = RangeEncoder()
 
     def write(which, values):
-        """Code values (n,) with the tables `which` (n,), and return them."""
         index, escape = values - tables.low[which], tables.size[which] - 1          # (n,) each
         outside = (index < 0) | (index >= escape)                                   # (n,)
         entry = tables.start[which] + np.where(outside, escape, index)              # (n,)
@@ -284,7 +282,6 @@ def decode(data, tables, q, shape):
     cdfs = [cdf.tolist() for cdf in np.split(tables.cdf, tables.start[1:])]
 
     def read(which, _):
-        """The next values (n,), with the tables `which` (n,)."""
         index = np.array(coder.decode([cdfs[t] for t in which.tolist()]), np.int64)         # (n,)
         values = index + tables.low[which]                                          # (n,)
         for i in np.flatnonzero(index == tables.size[which] - 1):
@@ -296,12 +293,12 @@ def decode(data, tables, q, shape):
 
 # Part II. Beyond the minimum: what a symbol says about those that follow ==========================
 # 4. The context model -----------------------------------------------------------------------------
-# First, how large they will be: there is grass here, or sky. With sizes |k| in units of their
+# First, how large they will be: there is grass here, or sky. With magnitudes |k| in units of their
 # channel's usual width, and weights >= 0 (Buccigrossi & Simoncelli 1999 have this for wavelets),
 #
-#     width *= 2^by_pass (1 + across . sizes of the channels before this one, in the same cell
+#     width *= 2^by_pass (1 + across . magnitudes of the channels before, in the same cell
 #                           + window . their means over 3x3 cells, zero beyond the border
-#                           + near * the mean size of up to four neighbours in its own channel)
+#                           + near * the mean of those of up to four neighbours in its channel)
 #
 # Second, where they will be: mu is `shift` times the mean of the four neighbours. That matters for
 # few channels, but for these much: neighbouring blocks differ little in their mean colour, which is
@@ -351,18 +348,19 @@ class ContextPrior(FactorizedPrior):
     def where(self, k, step, q):
         """(mu, width), each (B, M, h, w): of symbols k (B, M, h, w), given those before them."""
         octaves = self.usual_octaves(step, q)                                       # (B, M, 1, 1)
-        size = (k.abs() * torch.exp2(-octaves)).clamp_max(LARGEST).flatten(2)       # (B, M, h*w)
-        here, about = (a.abs().tril(-1) @ size for a in (self.across, self.window))  # (B, M, h*w)
+        magnitude = (k.abs() * torch.exp2(-octaves)).clamp_max(LARGEST).flatten(2)  # (B, M, h*w)
+        here, about = (weight.abs().tril(-1) @ magnitude
+                       for weight in (self.across, self.window))                    # (B, M, h*w)
         about = F.avg_pool2d(about.view(k.shape), 3, stride=1, padding=1).flatten(2)  # (B, M, h*w)
         # In its own channel. Beyond the border, in cell h*w, is a zero.
         turn, around, share = coarse_to_fine(*k.shape[2:], k.device)    # (h*w,), of around (4, h*w)
         # (index_select's gradient adds; that of [..., around] would sort all the numbers first.)
-        mean, near = (F.pad(of, (0, 1)).index_select(2, around.flatten())
-                      .unflatten(2, around.shape).sum(2) * share / 12
-                      for of in (k.flatten(2), size))                               # (B, M, h*w)
+        mean, large = (F.pad(of, (0, 1)).index_select(2, around.flatten())
+                       .unflatten(2, around.shape).sum(2) * share / 12
+                       for of in (k.flatten(2), magnitude))                         # (B, M, h*w)
         weights = self.by_pass, self.shift, self.near.abs()                         # (P, M) each
-        by_pass, shift, weight = (a.T[:, turn] for a in weights)                    # (M, h*w) each
-        total = 1 + here + about + weight * near                                    # (B, M, h*w)
+        by_pass, shift, near = (a.T[:, turn] for a in weights)                      # (M, h*w) each
+        total = 1 + here + about + near * large                                     # (B, M, h*w)
         octaves = limited(octaves.flatten(2) + by_pass + torch.log2(total))         # (B, M, h*w)
         return (shift * mean).view(k.shape), torch.exp2(octaves).view(k.shape)
 
@@ -371,8 +369,8 @@ class ContextPrior(FactorizedPrior):
         """This prior as integer ContextTables, for quantization steps (Q, M)."""
         octaves, prior = super().freeze(steps).octaves, copy.deepcopy(self).cpu().double()
         by_pass = (prior.by_pass * OCTAVE).round().int().numpy()                    # (P, M)
-        of_sizes = prior.near.abs(), prior.across.abs().tril(-1), prior.window.abs().tril(-1)
-        weights = prior.shift * UNIT, *(weight * WEIGHT for weight in of_sizes)
+        others = prior.near.abs(), prior.across.abs().tril(-1), prior.window.abs().tril(-1)
+        weights = prior.shift * UNIT, *(weight * WEIGHT for weight in others)
         weights = [a.round().clamp(-1 << 15, (1 << 15) - 1).short().numpy() for a in weights]
         counts = cumulative_counts(prior, np.arange(-SHIFTS // 2, SHIFTS // 2) / SHIFTS)
         return ContextTables(*counts, octaves, by_pass, *weights).validate()
@@ -380,9 +378,9 @@ class ContextPrior(FactorizedPrior):
 
 # 5. The same walk in exact integers ---------------------------------------------------------------
 SHIFTS = 8                  # mu is rounded to eighths: so many tables per width
-SIZE = 1 << 12              # a size of 1, a whole width, in integers
-LARGEST = 1 << 12           # larger sizes count as this
-WEIGHT = 1 << 12            # a size's weight of 1; they have 16 bits, so they are below 8
+MAGNITUDE = 1 << 12         # a magnitude of 1, a whole width, in integers
+LARGEST = 1 << 12           # larger ones count as this
+WEIGHT = 1 << 12            # a magnitude's weight of 1; they have 16 bits, so they are below 8
 UNIT = 1 << 14              # a mean's weight of 1; they lie between -2 and 2
 
 # Logarithms without a floating-point library: POWERS[i] is 2^((i - 1/2) / OCTAVE), rounded down. In
@@ -403,8 +401,8 @@ class ContextTables(Tables):
     """A frozen ContextPrior: SHIFTS tables per width, and weights."""
     by_pass: np.ndarray     # (P, M) int32, what each pass adds to the octaves, in 1 / OCTAVE
     shift: np.ndarray       # (P, M) int16, weight of the neighbours' mean, in 1 / UNIT
-    near: np.ndarray        # (P, M) int16, weight of their mean size, in 1 / WEIGHT, not negative;
-    across: np.ndarray      # (M, M) int16, likewise: weight of channel j's size for channel i > j
+    near: np.ndarray        # (P, M) int16, weight of their mean magnitude, in 1 / WEIGHT, >= 0
+    across: np.ndarray      # (M, M) int16, likewise: of channel j's magnitude for channel i > j
     window: np.ndarray      # (M, M) int16, likewise: of its mean over 3x3 cells
 
     SHIFTS = SHIFTS
@@ -417,33 +415,34 @@ class ContextTables(Tables):
         if [a.shape for a in list(vars(self).values())[5:]] != [(PASSES, M)] * 3 + [(M, M)] * 2:
             raise ValueError("the context model has the wrong shape")
         # So no sum leaves 64 bits. In each pass a symbol is at most twice its neighbours' mean and
-        # 2^31 more, so below 2^39 after seven; its size, in 1 / SIZE of the narrowest width, is
-        # below 2^57, its share of mu below 2^61, a weighted sum of 9 M sizes <= LARGEST below 2^57.
+        # 2^31 more, so below 2^39 after seven; its magnitude, in units of the narrowest width, is
+        # below 2^57, its share of mu below 2^61, a weighted sum of 9 M of them below 2^57.
         if min(a.min() for a in (self.near, self.across, self.window)) < 0:
-            raise ValueError("the context model weighs sizes with less than nothing")
+            raise ValueError("the context model weighs with less than nothing")
         return self
 
     def walk(self, k, q, visit):
         """As Tables.walk: channel by channel, and within each from coarse to fine."""
         M, h, w = k.shape
         octaves = self.octaves[q]                                                   # (M,)
-        one_in_widths = SIZE * POWERS[20 * OCTAVE - octaves] >> 20    # (M,) 2^-octaves, in 1 / SIZE
+        one_in_widths = MAGNITUDE * POWERS[20 * OCTAVE - octaves] >> 20     # (M,) of a symbol of 1
         # Float64 has the fast matrix products, exact for integers: sums are < M 2^15 2^24 < 2^53.
         weights = np.stack([self.across, self.window], axis=1).astype(np.float64)   # (M, 2, M)
-        known = np.empty((M, h * w))                        # sizes: the channels before
+        known = np.empty((M, h * w))                        # magnitudes: the channels before
         turn, *neighbours = (a.numpy() for a in coarse_to_fine(h, w))   # (h*w,); (4, h*w), (h*w,)
         passes = [(cells, *(a[..., cells] for a in neighbours))
                   for cells in map(np.flatnonzero, turn == np.arange(PASSES)[:, None])]     # (n,)
-        one = WEIGHT * SIZE                                # a size of 1 with a weight of 1
+        one = WEIGHT * MAGNITUDE                            # a magnitude of 1, a weight of 1
         for m in range(M):
             here, about = (weights[m, :, :m] @ known[:m]).astype(np.int64)          # (h*w,) each
             about = np.pad(about.reshape(h, w), 1)                                  # (h+2, w+2)
             windows = np.lib.stride_tricks.sliding_window_view(about, (3, 3))       # (h, w, 3, 3)
             total = one + here + windows.sum((2, 3)).ravel() // 9                   # (h*w,)
             values = np.append(k[m], 0)     # (h*w + 1,), the last one stands for the border
-            sizes = np.zeros_like(values)                                           # (h*w + 1,)
+            magnitudes = np.zeros_like(values)                                      # (h*w + 1,)
             for n, (cells, around, share) in enumerate(passes):
-                wide = total[cells] + sizes[around].sum(0) * share * self.near[n, m] // 12  # (n,)
+                large = magnitudes[around].sum(0) * share                           # (n,)
+                wide = total[cells] + large * self.near[n, m] // 12                 # (n,)
                 octave = octaves_of(wide) - octaves_of(one) + octaves[m] + self.by_pass[n, m]
                 # mu, a whole part and -4 .. 3 eighths. With 2.7, rounded to 22 eighths, these are 3
                 # and -2: so k - 3 is coded with table number 2 of 0 .. 7, the one for -2/8.
@@ -452,9 +451,9 @@ class ContextTables(Tables):
                 part, number = np.divmod(eighths + SHIFTS // 2, SHIFTS)             # (n,) each
                 which = table_of(octave) * SHIFTS + number                          # (n,)
                 values[cells] = part + visit(which, values[cells] - part)
-                size = np.abs(values[cells]) * one_in_widths[m]                     # (n,)
-                sizes[cells] = np.minimum(size, SIZE * LARGEST)
-            k[m], known[m] = values[:-1].reshape(h, w), sizes[:-1]
+                large = np.abs(values[cells]) * one_in_widths[m]                    # (n,)
+                magnitudes[cells] = np.minimum(large, MAGNITUDE * LARGEST)
+            k[m], known[m] = values[:-1].reshape(h, w), magnitudes[:-1]
 
 
 PRIORS = {"factorized": FactorizedPrior, "context": ContextPrior}

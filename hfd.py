@@ -258,7 +258,7 @@ class UNetBlock(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.film = nn.Linear(features, 2 * width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)                   # it starts as the identity, nearly
+        zeroed(self.conv2)                                  # so it starts as the identity
 
     def forward(self, x, c):
         """Returns the shape of x."""
@@ -274,7 +274,7 @@ class UNet(nn.Module):
 
     def __init__(self, inputs, outputs, config):
         super().__init__()
-        widths, features = config.widths, 128               # these tell noise and level
+        widths, features = config.widths, 128               # numbers that tell noise and level
         self.level = nn.Embedding(config.levels, features)
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, features))
         frequencies = torch.logspace(-1.5, 0.5, 32, device="cpu")                   # slow to fast
@@ -387,7 +387,7 @@ def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
 
 @torch.no_grad()
 def sample_loop(predict_x, steps, step, schedule, noise):
-    """Draw x: start from noise at t = 1 and walk to t = 0 in equal steps of t.
+    """Draw x: from noise at t = 1 walk to t = 0, in equal steps (unless `schedule` warps t).
 
     predict_x(z, log_snr): the denoiser, log_snr a float64 scalar tensor; step: ddpm_step or another
     one; schedule: t to log_snr, tensors; noise(): a fresh standard normal tensor. Returns the last
@@ -612,7 +612,6 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
     eta = eta or RELATIVE_ETA * diffusion.residual_std[q].square().mean().sqrt().item()
 
     def noise():
-        """A fresh standard normal tensor (1, 3, H, W)."""
         return torch.randn(x_hat.shape, generator=generator, dtype=x_hat.dtype).to(device)
 
     def predict_x(z, log_snr):

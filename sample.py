@@ -43,7 +43,7 @@ FIELDS = {                  # of the header, as `struct` spells them
 }
 HEADER = struct.Struct(">" + "".join(FIELDS.values()))
 HEADER_BYTES = HEADER.size + 4
-BLOCKS = (16, 32, 64, 128)                  # sides that an HFD+ map's blocks may have
+BLOCKS = (16, 32, 64, 128)                  # sides of an HFD+ map's blocks; training has no 128
 MAX_PIXELS = 100_000_000                    # a larger picture is refused before memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints")
 DETAIL = (325, 440, 453, 552)               # of the demo's portrait: cloth and ribbons
@@ -67,19 +67,19 @@ def compress(image, model, quality, seed=0, block=0):
     mean = np.asarray(image).mean(axis=(0, 1)).round().astype(np.uint8).tobytes()   # 3 bytes
     header = dict(zip(FIELDS, (MAGIC, quality, max(block.bit_length() - 1, 0), image.width,
                                image.height, mean, seed, model.identity)))
-    x, side = to_tensor(image, model.device), b""                                   # (1, 3, H', W')
+    x, plus = to_tensor(image, model.device), b""                                   # (1, 3, H', W')
     k = model.autoencoder.encode(x, q)                                              # (1, M, h, w)
     if block:
         x_hat = with_mean(model.autoencoder.decode(k, q), header)                   # (1, 3, H', W')
         energy = hfd.residual_energy(x, x_hat, model.diffusion.residual_std[q:quality], block)
-        side, _ = entropy.encode(energy[0].cpu().numpy(), hfd.MAP_TABLES, 0)
-        side = struct.pack(">I", len(side)) + side
+        coded, _ = entropy.encode(energy[0].cpu().numpy(), hfd.MAP_TABLES, 0)
+        plus = struct.pack(">I", len(coded)) + coded
     times.append(clock(model.device))
     latent, ideal = entropy.encode(k[0].cpu().numpy(), model.tables, q)
     times.append(clock(model.device))
-    head, payload = HEADER.pack(*header.values()), side + latent
+    head, payload = HEADER.pack(*header.values()), plus + latent
     data = head + struct.pack(">I", zlib.crc32(head + payload)) + payload
-    sizes = {"estimated": ideal + 8 * len(side), "payload": 8 * len(payload), "file": 8 * len(data)}
+    sizes = {"estimated": ideal + 8 * len(plus), "payload": 8 * len(payload), "file": 8 * len(data)}
     report = {part: bits / (image.width * image.height) for part, bits in sizes.items()}
     seconds = dict(zip(("encoder", "range encoder"), np.diff(times).tolist()))
     return data, report | {"seconds": seconds}
@@ -131,7 +131,7 @@ def decode_latent(header, model, name):
 
 
 def with_mean(x, header):
-    """A picture (1, 3, H', W'), changed in place to have the mean colour that the header tells."""
+    """A picture (1, 3, H', W'), moved in place to the mean colour that the header tells."""
     mean = torch.tensor(list(header["mean"]), device=x.device) / 127.5 - 1          # (3,)
     found = x[0, :, :header["height"], :header["width"]].mean(dim=(1, 2))           # (3,)
     return x.add_((mean - found)[:, None, None]).clamp_(-1, 1)
@@ -280,7 +280,6 @@ def progress(steps):
     begin, calls = time.time(), itertools.count(1)      # for groups each begin to count anew
 
     def show():
-        """Overwrite the line with the state after one more step."""
         step = next(calls)
         left = (time.time() - begin) / step * (steps - step)
         print(f"\rsampling step {step}/{steps}, {left:.0f} s left ",

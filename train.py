@@ -53,16 +53,14 @@ def dead_leaves(size, rng):
     return np.asarray(canvas.resize((size, size), Image.BOX))
 
 
-# Photographs that were reduced to train on are crisp to the last pixel, in colour too. A denoiser
-# that has seen only these puts coloured specks into what cameras give. So a share of the crops is
-# resized by a factor within ZOOM, as many are softened in colour, as cameras do it, and as many
-# exposed anew, by an exponent within exp(+-GAMMA). Each of the three is drawn by itself.
-ZOOM, GAMMA = (0.7, 1.5), 0.3
+ZOOM, GAMMA = (0.7, 1.5), 0.3       # factors of size; exponents of exposure lie in exp(+-GAMMA)
 
 
 def varied(crop, size, soft_colour, gamma):
     """A window (3, h, h) in [0, 1] as another camera might have given it, (3, size, size): resized,
-    with colour at half the resolution or not, and exposed anew."""
+    with colour at half the resolution or not, and exposed anew. Photographs that were reduced to
+    train on are crisp to the last pixel, in colour too. A denoiser that has seen only these puts
+    coloured specks into what cameras give. So a share of the crops varies so, each in its way."""
     crop = crop[None]                                                           # (1, 3, h, h)
     if crop.shape[2] != size:
         crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)
@@ -97,7 +95,7 @@ class Photos:
         rng.shuffle(names)
         for name in names:
             if total > megapixels:
-                print(f"warning: only {total:.3g} --megapixels were read", file=sys.stderr)
+                print("warning: not all were read; see --megapixels", file=sys.stderr)
                 break
             try:
                 array = np.array(sample.open_picture(name)[0]) if name else dead_leaves(256, rng)
@@ -423,8 +421,10 @@ POOL = 16       # steps that draw from one pool of POOL / 4 batches: each pair s
 
 
 def train_diffusion(args, device, known):
-    """The denoiser, on pairs of crops and their reconstructions by the autoencoder in args.out.
-    known: None or the hfd.Model whose denoiser to start from. HFDError if it has none that fits."""
+    """The denoiser, on pairs of crops and their reconstructions by the autoencoder in args.out. One
+    step: `draw` takes (x, q, x_hat) from a pool, and `fit` calls the model on it; that is the
+    `forward` of hfd.DiffusionPlus, which leads to that of hfd.Diffusion. known: None or the
+    hfd.Model whose denoiser to start from. HFDError if it has none that fits."""
     base, old = hfd.load_model(args.out, device), known and known.diffusion
     autoencoder, levels = base.autoencoder, len(base.autoencoder.lambdas)
     asked = {flag: value for flag in ("kind", "eta", "objective") if (value := vars(args)[flag])}

@@ -163,7 +163,7 @@ def test_a_carry_runs_through_bytes_already_sent():
 
 def test_length_is_the_entropy():
     """A stream takes at most one byte more than the sum of -log2 p: 200,000 symbols of probability
-    1 - 2^-23 one byte, one of 2^-24 three bytes, none no byte."""
+    1 - 2^-23 one byte at most, one of 2^-24 four at most, none no byte."""
     skewed, mixed, rng = table(1, TOTAL - 2), [1] * 50_000, np.random.default_rng(0)
     mixed[777], mixed[25_000], mixed[25_001], mixed[-1] = 0, 2, 0, 2
     other = table(*(1 + rng.dirichlet(np.full(20, 0.1)) * (TOTAL - 100)).astype(int))
@@ -188,8 +188,8 @@ def round_trip(k, tables, q):
 @pytest.mark.parametrize("q, shape", [(0, (6, 20, 30)), (1, (6, 20, 30)), (2, (6, 20, 30)),
                                       (0, (320, 1, 1))])        # the smallest picture there is
 def test_real_bytes_are_as_few_as_estimated(kind, q, shape):
-    """What training minimises is the file's size: it lies within 0.2 % + 2 bytes of the tables'
-    cross-entropy, and that within 1 % of the prior's, though widths and mu are rounded there."""
+    """A latent's bytes are its cross-entropy: within 0.2 % + 2 bytes of that under the tables, and
+    this within 1 % of that under the prior, though widths and mu are rounded there."""
     prior, k = random_prior(kind, 0.3, shape[0]), some_latent(q, shape)
     real, estimated = round_trip(k, prior.freeze(STEPS), q)
     assert estimated > 100 and abs(real - estimated) <= 0.002 * estimated + 16
@@ -249,8 +249,8 @@ def test_the_integer_walk_follows_the_prior():
     ("shift", np.s_[:, 0], 1), ("near", np.s_[:, 2:], 1),
     *((name, np.s_[2:, 1:], 1 / torch.arange(1, 5)[:, None]) for name in ("across", "window"))])
 def test_context_saves_bits(name, told, mean):
-    """Neighbours tell a smooth channel's mean, and like the channels before how large a symbol is:
-    each kind of weight saves more than a tenth."""
+    """Neighbours tell a smooth channel's mean. Neighbours and the channels before tell how large a
+    symbol is. Each kind of weight saves more than a tenth."""
     rng, size = np.random.default_rng(0), np.where(np.arange(30) < 15, 0.1, 8.0)
     smooth = 40 * np.sin(np.add.outer(np.arange(20), np.arange(30)) / 9)
     k = np.round([smooth, *size * rng.standard_normal((5, 20, 30))]).astype(np.int64)
@@ -272,7 +272,7 @@ def test_context_saves_bits(name, told, mean):
 def test_the_context_is_exact(octaves, sign):
     """Nothing overflows: the largest symbols, each expected to be twice its neighbours' mean and
     2^30 more, come back under the largest weights; and sums in floating point are of integers."""
-    assert 2 ** 14 * 2 ** 15 * entropy.SIZE * entropy.LARGEST <= 2 ** 53
+    assert 2 ** 14 * 2 ** 15 * entropy.MAGNITUDE * entropy.LARGEST <= 2 ** 53
     symbol = (2 ** PASSES - 1) * 2 ** 31                        # the largest that can be decoded
     assert symbol * 2 ** 18 < 2 ** 63 and 12 * symbol * 2 ** 15 * 8 + 6 * entropy.UNIT < 2 ** 63
     most = {name: getattr(CONTEXT, name) * 0 + 32767 for name in ("near", "across", "window")}

@@ -1,5 +1,7 @@
 """The evaluation: metrics against closed forms, and scripts from flags to files."""
+import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -150,7 +152,9 @@ def results(tiny_model, folders):
             script(name, "--quick", "--model", tiny_model, "--out", ".", *words)
             found[name] = json.loads(Path(f"{name}.json").read_text())
             assert name == "speed" or Image.open(f"{name}.png").width > 200
-        script("exercises", "--quick", "--model", tiny_model)           # which leaves no files
+        with contextlib.redirect_stdout(io.StringIO()) as answers:      # which leaves no files
+            script("exercises", "--quick", "--model", tiny_model)
+        found["exercises"] = answers.getvalue()
     return found
 
 
@@ -177,13 +181,15 @@ def test_scripts_from_flags_to_files(results):
     assert all(row["extra_bpp"] > 0 for row in results["hfd_plus"]["summary"])
     points = results["patches"]["points"]
     assert points["together, context 0"]["worst"] > 10 * points["together, context 64"]["worst"]
+    answered = {line.split(".")[0] for line in results["exercises"].splitlines()}
+    assert {*map(str, range(1, 9)), "13"} <= answered
     for stage in results["speed"]["stages"].values():
         assert 0 < stage["share_of_matrix_product"] < 1 and stage["step_over_convolutions"] > 0
 
 
 def test_stopped_run_continues(folders, tiny_model, monkeypatch):
     """A run that was stopped measures only what is missing, unless something that its numbers
-    depend on has changed. A damaged file is named. (And `python -OO` has no docstrings.)"""
+    depend on has changed. A damaged file is named. A script without a docstring runs, too."""
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     monkeypatch.chdir(folders)
     calls = []
@@ -213,7 +219,7 @@ def test_stopped_run_continues(folders, tiny_model, monkeypatch):
     ("steps --levels 9", "levels 1 to 3"), ("steps --levels 1 --flow factorized", "denoiser"),
     ("comparison --model factorized", "no denoiser"), ("true_rate --results small.png", "damaged")])
 def test_one_line_for_what_cannot_be_measured(line, told, folders, tiny_model, monkeypatch):
-    """Levels that cannot be, small pictures, foreign models, no denoiser: all is told."""
+    """Levels that cannot be, small pictures, foreign models, no denoiser: refused in one line."""
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     monkeypatch.chdir(folders)
     Image.new("RGB", (16, 200)).save("small.png")

@@ -255,7 +255,7 @@ def receptive_radius(denoiser, side=416):
 
 
 def test_receptive_field():
-    """With the blocks that ship, the U-Net sees at most 128 pixels far, whatever its widths."""
+    """With the blocks that ship, the U-Net sees at most 128 pixels far, and more than 64."""
     blocks = hfd.DiffusionConfig().blocks
     denoiser = perturbed(small_denoiser(widths=(4, 4, 4), blocks=blocks))
     assert 64 < receptive_radius(denoiser) <= 128
@@ -319,7 +319,7 @@ def test_groups_take_turns(denoiser, monkeypatch):
 @pytest.mark.parametrize("prior", entropy.PRIORS)
 def test_a_model_is_read_as_it_was_written(prior, tmp_path, request):
     """Matrices travel in half precision, all else as it is, the tables whole. The identity changes
-    with any weight, but not with torch's default precision."""
+    with a weight, but not with torch's default precision."""
     autoencoder = perturbed(small_autoencoder(prior=prior)).float()
     hfd.save_part(tmp_path / "autoencoder.npz", autoencoder, {"steps": 7})
     model, frozen = hfd.load_model(tmp_path), autoencoder.prior.freeze(autoencoder.log_step.exp())

@@ -77,7 +77,7 @@ def test_hostile_files(model, photo):
             data = DAMAGE[kind](data, at, rng) if kind in DAMAGE else forged(kind, rng, data)
             outcomes[kind, outcome(decoded, case) or "refused"] += 1
     print(*outcomes.items(), sep="\n")
-    assert not any(what == "decoded" and kind in DAMAGE for kind, what in outcomes)
+    assert {what for kind, what in outcomes if kind in DAMAGE} <= {"refused", "unharmed"}
     assert all(outcomes[kind, "refused"] > 0.95 * (CASES // 9) for kind in DAMAGE)
 
 
