@@ -31,7 +31,7 @@ def main(argv=None):
             x, (y, low, high) = list(points), zip(*(point[number] for point in points.values()))
             panel.fill_between(x, low, high, color=look[0], alpha=0.12, linewidth=0)
             lines.append((f"level {level}", x, y, look))
-        ticks = {seen: f"{seen:.2f}" for seen in x}
+        ticks = {seen: f"{seen:.2g}" for seen in x}
         common.plot(panel, lines, ticks, xlabel="gigapixels seen", xscale="log",
                     title=f"{number}: HFD over the autoencoder")
     run.finish(figure if run.distances else None, over_autoencoder=found)
