@@ -264,6 +264,7 @@ def encode(k, tables, q):
     coder = RangeEncoder()
 
     def write(which, values):
+        """Code values (n,) with the tables `which` (n,), and return them."""
         index, escape = values - tables.low[which], tables.size[which] - 1          # (n,) each
         outside = (index < 0) | (index >= escape)                                   # (n,)
         entry = tables.start[which] + np.where(outside, escape, index)              # (n,)
@@ -282,6 +283,7 @@ def decode(data, tables, q, shape):
     cdfs = [cdf.tolist() for cdf in np.split(tables.cdf, tables.start[1:])]
 
     def read(which, _):
+        """The next values (n,), with the tables `which` (n,)."""
         index = np.array(coder.decode([cdfs[t] for t in which.tolist()]), np.int64)         # (n,)
         values = index + tables.low[which]                                          # (n,)
         for i in np.flatnonzero(index == tables.size[which] - 1):

@@ -612,6 +612,7 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
     eta = eta or RELATIVE_ETA * diffusion.residual_std[q].square().mean().sqrt().item()
 
     def noise():
+        """A fresh standard normal tensor (1, 3, H, W)."""
         return torch.randn(x_hat.shape, generator=generator, dtype=x_hat.dtype).to(device)
 
     def predict_x(z, log_snr):

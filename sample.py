@@ -280,6 +280,7 @@ def progress(steps):
     begin, calls = time.time(), itertools.count(1)      # for groups each begin to count anew
 
     def show():
+        """Overwrite the line with the state after one more step."""
         step = next(calls)
         left = (time.time() - begin) / step * (steps - step)
         print(f"\rsampling step {step}/{steps}, {left:.0f} s left ",
