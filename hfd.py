@@ -577,8 +577,8 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
 
 # The defaults. STEPS, RELATIVE_ETA and WARP were chosen on photographs held out of training.
 STEPS, PATCH, CONTEXT = 8, 512, 64
-RELATIVE_ETA = 2.0                      # in units of the residual's standard deviation
-WARP = 1.5                              # t^WARP for t, finer steps towards t = 0
+RELATIVE_ETA = 4.0                      # in units of the residual's standard deviation
+WARP = 2.0                              # t^WARP for t, finer steps towards t = 0
 
 
 def fast_bf16(device):

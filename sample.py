@@ -44,6 +44,7 @@ FIELDS = {                  # of the header, as `struct` spells them
 HEADER = struct.Struct(">" + "".join(FIELDS.values()))
 HEADER_BYTES = HEADER.size + 4
 BLOCKS = (16, 32, 64, 128)                  # sides of an HFD+ map's blocks; training has no 128
+PLUS_BLOCK = 64                             # that of --plus
 MAX_PIXELS = 100_000_000                    # a larger picture is refused before memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints")
 DETAIL = (325, 440, 453, 552)               # of the demo's portrait: cloth and ribbons
@@ -302,7 +303,8 @@ def run_compress(args):
     for remark in remarks:
         print(f"note: {remark}")
     model = hfd.load_model(args.model, pick_device(args.device))
-    data, report = compress(image, model, args.quality, args.seed, 64 if args.plus else 0)
+    block = PLUS_BLOCK if args.plus else 0
+    data, report = compress(image, model, args.quality, args.seed, block)
     hfd.write_atomically(args.output, lambda f: f.write(data))
     print(f"{args.output}: {len(data)} bytes for {image.width}x{image.height} pixels")
     print(told(report))
@@ -365,14 +367,16 @@ def largest_within(size, image, kind="jpeg", **options):
     return best
 
 
-def contact_sheet(pictures):
-    """Pictures side by side, each (caption, PIL image), and below each its DETAIL, enlarged."""
-    columns = []
+def contact_sheet(pictures, view=(0, 0, 512, 600)):
+    """Of pictures, each (caption, PIL image), the box `view`, side by side, and below each its
+    DETAIL, enlarged to the same width."""
+    width, columns = view[2] - view[0], []
     for caption, image in pictures:
-        enlarged = ImageOps.scale(image.crop(DETAIL), 4, Image.NEAREST)
-        column = ImageOps.expand(image, (0, 30, 8, 8 + enlarged.height), "white")
+        top, below = (ImageOps.scale(image.crop(box), width // (box[2] - box[0]), Image.NEAREST)
+                      for box in (view, DETAIL))
+        column = ImageOps.expand(top, (0, 30, 8, 8 + below.height), "white")
         ImageDraw.Draw(column).text((4, 3), caption, "black", ImageFont.load_default(20))
-        column.paste(enlarged, (0, 38 + image.height))
+        column.paste(below, (0, 38 + top.height))
         columns.append(np.asarray(column))
     return Image.fromarray(np.hstack(columns)[:, :-8])
 

@@ -6,6 +6,7 @@ saved as soon as it is there, so the same command, started again, goes on where 
 import argparse
 import functools
 import hashlib
+import io
 import json
 import os
 import sys
@@ -187,7 +188,12 @@ class Run:
         if isinstance(figure, Image.Image):
             sample.save_picture(figure, png)
         elif figure:
-            hfd.write_atomically(png, lambda f: figure.savefig(f, format="png"))
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png")
+            picture = Image.open(buffer).convert("RGB")
+            if not any(panel.images for panel in figure.axes):
+                picture = picture.quantize(64)              # enough for lines, in fewer bytes
+            sample.save_picture(picture, png)
             plt.close(figure)
         self.save(self.path, **more)
         self.partial.unlink(missing_ok=True)
@@ -306,7 +312,7 @@ class Run:
 # The palette of Okabe & Ito (2008), which colour-blind readers can tell apart, and markers.
 LOOK = {"HFD": ("#D55E00", "o"), "autoencoder": ("#0072B2", "s"), "AVIF": ("#009E73", "^"),
         "WebP": ("#CC79A7", "D"), "JPEG 2000": ("#E69F00", "v"), "JPEG": ("#000000", "x"),
-        "factorized prior": ("#56B4E9", "P")}
+        "factorized prior": ("#56B4E9", "P"), "HFD+": ("#D55E00", "*", ":")}
 CYCLE = list(LOOK.values())
 GREY = "#777777"
 STYLE = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9,

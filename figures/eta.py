@@ -3,7 +3,7 @@
     python -m figures.eta --images KODAK --middle 256 --others runs/eta0.5 runs/eta1 --out figures
 
 Noise far above the residual x - x_hat hides all but x_hat, noise far below it leaves nothing to
-decide: so the best eta should lie near the residual's standard deviation (dotted).
+decide: so the best eta should grow with the residual's standard deviation (dotted).
 """
 from pathlib import Path
 

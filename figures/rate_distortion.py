@@ -1,4 +1,4 @@
-"""Rate against distortion, and rate against realism: the autoencoder, HFD, and other codecs.
+"""Rate against distortion, and rate against realism: the autoencoder, HFD, HFD+, other codecs.
 
     python -m figures.rate_distortion --images KODAK --factorized runs/factorized --out figures
 
@@ -18,9 +18,10 @@ from hfd import HFDError
 FACTORIZED = "factorized prior"
 
 
-def ours(run, model, level, variants, i, image):
-    """Picture i's file, and what it decodes to with each rho of variants, {name: rho}."""
-    data, report = sample.compress(image, model, level, run.args.seed + i)
+def ours(run, model, level, block, variants, i, image):
+    """Picture i's file, with an HFD+ map in blocks of that side or, if 0, without, and what it
+    decodes to with each rho of variants, {name: rho}."""
+    data, report = sample.compress(image, model, level, run.args.seed + i, block)
     shown = {}
     for name, rho in variants.items():
         decoded, decoding = sample.decompress(data, model, run.names[i], rho)
@@ -55,10 +56,13 @@ def measure(run):
             add(setting, f"{name} {setting}", theirs, name, setting)
     for level in range(1, run.last_level + 1, 2 if quick else 1):
         variants = {"autoencoder": 0, "HFD": 1} if run.model.diffusion else {"autoencoder": 0}
-        add(level, f"level {level}", ours, run.model, level, variants)
+        add(level, f"level {level}", ours, run.model, level, 0, variants)
+        if run.model.diffusion and run.model.diffusion.config.kind == "plus":
+            block = sample.PLUS_BLOCK
+            add(level, f"level {level}, HFD+", ours, run.model, level, block, {"HFD+": 1})
         if other:
             key = f"level {level}, {FACTORIZED} {other.identity.hex()}"
-            add(level, key, ours, other, level, {FACTORIZED: 0})
+            add(level, key, ours, other, level, 0, {FACTORIZED: 0})
     return curves
 
 
@@ -72,7 +76,7 @@ def bits_against_others(run, curves):
         points = {name: [(score["bpp"], quality(score)) for score in curve.values()]
                   for name, curve in curves.items()}
         points |= codecs.PUBLISHED if number == "psnr" and run.kodak else {}
-        for name in filter(curves.get, ("autoencoder", "HFD", FACTORIZED)):
+        for name in filter(curves.get, ("autoencoder", "HFD", "HFD+", FACTORIZED)):
             found[f"% of bits of {name} at equal {number}, relative to"] = {
                 other: metrics.bd_rate(*zip(*points[other]), *zip(*points[name]))
                 for other in points if other != name}
@@ -88,7 +92,8 @@ def report(run, curves):
     summary = bits_against_others(run, curves)
     for what, found in summary.items():
         print(what, found)
-    for name, other in (("HFD", "autoencoder"), ("autoencoder", FACTORIZED)):
+    pairs = ("HFD", "autoencoder"), ("HFD+", "autoencoder"), ("autoencoder", FACTORIZED)
+    for name, other in pairs:
         for level in curves.get(name, {}) if other in curves else ():
             a, b = curves[name][level], curves[other][level]
             what, bits = f"level {level}, {name} over {other}", round(a["bpp"] / b["bpp"], 4)

@@ -36,7 +36,7 @@ def break_even(point, points, number, model_bits, pixels=PIXELS):
 
 def main(argv=None):
     """Run the script. argv: a list of words, or None for the shell's."""
-    run = common.Run("true_rate", __doc__, argv, scored=False, level=2,
+    run = common.Run("true_rate", __doc__, argv, scored=False, level=1,
                      results="figures/rate_distortion.json")
     path, curves, summary = run.args.results, {}, {}
     about, points = common.read_results(path)

@@ -159,11 +159,13 @@ def results(tiny_model, folders):
 
 
 def test_scripts_from_flags_to_files(results):
-    """HFD and the autoencoder share a file; the factorized prior has the same picture in other
-    bits; rho = 0 costs nothing, and means of samples go back there. No screen is needed."""
+    """HFD and the autoencoder share a file; HFD+ adds a map; the factorized prior has the same
+    picture in other bits; rho = 0 costs nothing, and means of samples go back there. No screen is
+    needed."""
     found = results["rate_distortion"]
     both = found["points"]["level 1"]["variants"]
     assert both["HFD"]["bpp"] == both["autoencoder"]["bpp"]
+    assert found["points"]["level 1, HFD+"]["variants"]["HFD+"]["bpp"] > both["HFD"]["bpp"]
     over = found["summary"]["level 1, autoencoder over factorized prior"]
     assert over["db"] == 0 and over["fd"][0] == 1 != over["bits"]
     row, other = results["eta"]["summary"]

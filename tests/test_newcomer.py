@@ -106,15 +106,17 @@ def test_the_method_in_40_lines(tmp_path, monkeypatch, capsys):
 def test_numbers_in_the_readme_come_from_the_results(shipped):
     """The README's table of results repeats figures/rate_distortion.json to the digit, and that was
     measured with the model that ships."""
-    rows = re.findall(r"^\| [1-6] (?:\| [\d.]+ ){5}.*", README, re.M)
+    rows = re.findall(r"^\| [1-6] (?:\| [\d.]+ ){3}.*", README, re.M)
     results = json.loads((ROOT / "figures" / "rate_distortion.json").read_text())
     assert len(rows) == len(shipped.autoencoder.lambdas)
     for row in rows:
         level, *told = re.findall(r"[\d.]+", row)
         scores = results["points"][f"level {level}"]["variants"]
         a, h = scores["autoencoder"], scores["HFD"]
-        assert told == [f"{a['bpp']:.3f}", f"{a['psnr']:.2f}", f"{h['psnr']:.2f}", f"{h['fd']:.1f}",
-                        *(f"{number:.2f}" for number in metrics.ratio(h, a))]
+        plus = results["points"][f"level {level}, HFD+"]["variants"]["HFD+"]
+        ratios = [*metrics.ratio(h, a), *metrics.ratio(plus, a)]
+        assert told == [f"{a['bpp']:.3f}", f"{a['psnr']:.2f}", f"{h['psnr']:.2f}",
+                        *(f"{number:.2f}" for number in ratios)]
     weights = common.digest(shipped.autoencoder, shipped.diffusion)
     assert results["about"]["model"]["weights"] == weights
 
@@ -178,14 +180,14 @@ def test_a_sample_is_one_of_many_and_not_tinted(shipped):
 
 
 def test_default_context_is_enough(shipped):
-    """With the default context this crop is less than a grey level off whole-image sampling (more
-    than that elsewhere: see figures.patches); without context it is far more."""
+    """With the default context this crop is less than two grey levels off whole-image sampling
+    (more elsewhere: see figures.patches); without context it is far more."""
     x = sample.to_tensor(sample.portrait().crop((0, 0, 192, 192)), "cpu")
     x_hat = shipped.autoencoder.decode(shipped.autoencoder.encode(x, 1), 1)
     whole, enough, none = (
         hfd.sample_picture(shipped.diffusion, x_hat, 1, patch=patch, context=context)
         for patch, context in ((192, 0), (96, hfd.CONTEXT), (96, 0)))
-    assert (enough - whole).abs().max() < 1 / 127.5 and (none - whole).abs().max() > 3 / 127.5
+    assert (enough - whole).abs().max() < 2 / 127.5 and (none - whole).abs().max() > 3 / 127.5
 
 
 @pytest.mark.filterwarnings("ignore:TF32")          # PyTorch's, when that library is switched off
