@@ -10,8 +10,9 @@ CODECS = {
     "JPEG 2000": ({"quality_mode": "rates", "irreversible": True, "mct": 1}, (160, 80, 40, 24)),
     # The key frames of VP8, by the slowest and best method.
     "WebP": ({"method": 6}, (1, 5, 10, 20, 35, 50, 70)),
-    # The key frames of AV1, at Pillow's default speed, with colour at half the resolution.
-    "AVIF": ({"speed": 6}, (10, 20, 30, 40, 50, 60)),
+    # The key frames of AV1, at Pillow's default speed, with colour at half the resolution; by one
+    # thread, for files depend on their number.
+    "AVIF": ({"speed": 6, "max_threads": 1}, (10, 20, 30, 40, 50, 60)),
 }
 
 
