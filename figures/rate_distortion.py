@@ -38,7 +38,7 @@ def theirs(run, name, setting, i, image):
 
 def measure(run):
     """All curves: {name: {setting: score}}, from low rates to high ones."""
-    curves, quick, other = {}, run.args.quick, None
+    curves, quick, other, diffusion = {}, run.args.quick, None, run.model.diffusion
     if run.args.factorized:
         other = hfd.load_model(run.args.factorized, run.device)
         a, b = ([*coder.analysis.parameters(), *coder.synthesis.parameters()]
@@ -55,9 +55,9 @@ def measure(run):
         for setting in settings[::3 if quick else 1]:
             add(setting, f"{name} {setting}", theirs, name, setting)
     for level in range(1, run.last_level + 1, 2 if quick else 1):
-        variants = {"autoencoder": 0, "HFD": 1} if run.model.diffusion else {"autoencoder": 0}
+        variants = {"autoencoder": 0, "HFD": 1} if diffusion else {"autoencoder": 0}
         add(level, f"level {level}", ours, run.model, level, 0, variants)
-        if run.model.diffusion and run.model.diffusion.config.kind == "plus":
+        if diffusion and diffusion.config.kind == "plus":
             block = sample.PLUS_BLOCK
             add(level, f"level {level}, HFD+", ours, run.model, level, block, {"HFD+": 1})
         if other:
