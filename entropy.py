@@ -95,7 +95,8 @@ class FactorizedPrior(nn.Module):
 
 
 def limited(octaves):
-    """Octaves, clamped to LIMITS; 1 % more gradient everywhere leaves 1 % beyond: strays return."""
+    """Octaves, clamped to LIMITS. Beyond them 1 % of the gradient is left (within, it has 101 %),
+    so that strays return."""
     return octaves.clamp(*LIMITS) + 0.01 * (octaves - octaves.detach())
 
 
@@ -139,8 +140,8 @@ def table_of(octaves):
 
 @dataclass
 class Tables:
-    """A frozen prior. Table t covers the symbols low[t] .. low[t] + size[t] - 2 and, last, the
-    escape. Its size[t] + 1 cumulative counts, from 0 to 2^24, begin at cdf[start[t]]."""
+    """A frozen prior. Table n covers the symbols low[n] .. low[n] + size[n] - 2 and, last, the
+    escape. Its size[n] + 1 cumulative counts, from 0 to 2^24, begin at cdf[start[n]]."""
     low: np.ndarray         # (T,) int32, the smallest symbol; never above 0
     size: np.ndarray        # (T,) int32, number of entries, the escape included
     start: np.ndarray       # (T,) int32, where the table begins in cdf
@@ -284,7 +285,7 @@ def decode(data, tables, q, shape):
 
     def read(which, _):
         """The next values (n,), with the tables `which` (n,)."""
-        index = np.array(coder.decode([cdfs[t] for t in which.tolist()]), np.int64)         # (n,)
+        index = np.array(coder.decode([cdfs[n] for n in which.tolist()]), np.int64)         # (n,)
         values = index + tables.low[which]                                          # (n,)
         for i in np.flatnonzero(index == tables.size[which] - 1):
             values[i] = int.from_bytes(bytes(coder.decode([BYTE] * 4)), signed=True)

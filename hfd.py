@@ -212,7 +212,7 @@ class Autoencoder(nn.Module):
     def decode(self, k, q):
         """Latent k (1, M, h, w) at level q, an int, to x_hat (1, 3, 16 h, 16 w) in [-1, 1]."""
         level = torch.tensor([q], device=k.device)
-        x_hat = torch.empty(1, 3, CELL * k.shape[2], CELL * k.shape[3], device=k.device)
+        x_hat = self.log_step.new_empty(1, 3, CELL * k.shape[2], CELL * k.shape[3])
         apply_tiled(lambda part: self.synthesis(self.dequantize(part, level), level), [k], x_hat)
         return x_hat.clamp_(-1, 1)
 
@@ -386,13 +386,12 @@ def ddpm_step(z, x, log_snr_t, log_snr_s, noise):
 
 
 @torch.no_grad()
-def sample_loop(predict_x, steps, step, schedule, noise):
-    """Draw x: from noise at t = 1 walk to t = 0, in equal steps (unless `schedule` warps t).
+def sample_loop(predict_x, log_snr, step, noise):
+    """Draw x: from noise at t = 1 walk to t = 0.
 
-    predict_x(z, log_snr): the denoiser, log_snr a float64 scalar tensor; step: ddpm_step or another
-    one; schedule: t to log_snr, tensors; noise(): a fresh standard normal tensor. Returns the last
-    x of the denoiser, in the shape of noise()."""
-    log_snr = schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))        # (steps + 1,)
+    log_snr: float64 (steps + 1,), of all times on the way; predict_x(z, log_snr): the denoiser, at
+    one of them; step: ddpm_step or another one; noise(): a fresh standard normal tensor. Returns
+    the last x of the denoiser, in the shape of noise()."""
     z = noise()
     for log_snr_t, log_snr_s in zip(log_snr, log_snr[1:]):
         x = predict_x(z, log_snr_t)
@@ -510,7 +509,8 @@ def flow_log_snr_at(t, eta):
     Gao 2023). A point on the line is z times a constant. An Euler step along it is a DDIM step. And
     eps - x = (sigma - alpha) z + (alpha + sigma) v, where z is known: the loss has another weight,
     (alpha + sigma)^2, which lies between 1 and 2, and which we leave out. With eta other than 1 the
-    line is straight in t' = eta t / (1 - t + eta t): the same path, in other steps."""
+    line is straight in t' = eta t / (1 - t + eta t): the same path, in other steps. Then uniform t
+    is not uniform t', and the flow's own weight is another."""
     return (-2 * torch.log(eta * t / (1 - t))).clamp(-15, 15)
 
 
@@ -535,10 +535,8 @@ class DPMStep:
         if log_snr_t > self.log_snr_before:     # not at first, nor where log_snr is clamped
             ratio = (log_snr_s - log_snr_t) / (log_snr_t - self.log_snr_before)
             target = torch.lerp(x, self.x_before, float(-ratio / 2), out=self.x_before)
-        z, self.log_snr_before = ddim_step(z, target, log_snr_t, log_snr_s), log_snr_t
-        # A copy, for predict_x may write into its canvas again.
-        self.x_before = x.clone() if self.x_before is None else self.x_before.copy_(x)
-        return z
+        self.x_before, self.log_snr_before = x, log_snr_t
+        return ddim_step(z, target, log_snr_t, log_snr_s)
 
 
 DENOISERS = {"plain": Diffusion, "preconditioned": Preconditioned, "plus": DiffusionPlus}
@@ -559,17 +557,17 @@ def apply_tiled(f, inputs, out, tile=1024, context=160, group=None):
     multiples of CELL; out is written to. tile, context: pixels, rounded up to cells, as strides
     need it; 160 do for the autoencoder. group: None, or (row % 2, column % 2) of those to visit."""
     tile, context = math.ceil(tile / CELL), math.ceil(context / CELL)               # in cells now
-    rows, cols = (max(t.shape[d] for t in (*inputs, out)) // CELL for d in (2, 3))
+    rows, cols = (max(a.shape[d] for a in (*inputs, out)) // CELL for d in (2, 3))
 
-    def cut(t, n, top, bottom, left, right):
-        """A view of these cells of t, which have n samples a side."""
-        return t[..., top * n:bottom * n, left * n:right * n]
+    def cut(a, n, top, bottom, left, right):
+        """A view of these cells of a, which have n samples a side."""
+        return a[..., top * n:bottom * n, left * n:right * n]
     for top, left in product(range(0, rows, tile), range(0, cols, tile)):
         if group and (top // tile % 2, left // tile % 2) != group:
             continue
         above, before = min(context, top), min(context, left)       # what the window has around it
         window = top - above, top + tile + context, left - before, left + tile + context
-        result = f(*(cut(t, t.shape[2] // rows, *window) for t in inputs))
+        result = f(*(cut(a, a.shape[2] // rows, *window) for a in inputs))
         n = out.shape[2] // rows
         inner = cut(result, n, above, above + tile, before, before + tile)
         cut(out, n, top, top + tile, left, left + tile).copy_(inner)
@@ -606,7 +604,6 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
     each step; group, known: for sample_in_groups."""
     device, generator = x_hat.device, torch.Generator().manual_seed(seed)
     level = torch.tensor([q], device=device)                                        # (1,)
-    canvas = (x_hat if known is None else known).clone()                            # (1, 3, H, W)
     given = [x_hat, energy] if energy is not None and diffusion.config.kind == "plus" else [x_hat]
     sampler = sampler or ("ddim" if diffusion.config.objective == "flow" else "dpm")
     eta = eta or RELATIVE_ETA * diffusion.residual_std[q].square().mean().sqrt().item()
@@ -617,18 +614,18 @@ def sample_picture(diffusion, x_hat, q, energy=None, steps=STEPS, sampler=None, 
 
     def predict_x(z, log_snr):
         """E[x | z_t, given] of the whole canvas (1, 3, H, W), or of a group and what is known."""
+        canvas = (x_hat if known is None else known).clone()                        # (1, 3, H, W)
         now = log_snr.to(device, x_hat.dtype)[None]                                 # (1,)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             apply_tiled(lambda z, *given: diffusion.predict_x(z, now, level, *given),
                         [z, *given], canvas, patch, context, group)
         on_step()
         return canvas
-
-    def schedule(t):
-        """log_snr at times t, in t's shape. The network is told log_snr, not t: so eta may differ
-        from training's, and steps be finer where detail is decided (Karras et al. 2022, sec. 3)."""
-        return diffusion.schedule(t ** WARP, eta)
-    return sample_loop(predict_x, steps, SAMPLERS[sampler](), schedule, noise).clamp_(-1, 1)
+    # The network is told log_snr, not t. So eta may differ from training's, and steps may be finer
+    # where detail is decided (Karras et al. 2022, section 3).
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** WARP                # (steps + 1,)
+    log_snr = diffusion.schedule(t, eta)                                            # (steps + 1,)
+    return sample_loop(predict_x, log_snr, SAMPLERS[sampler](), noise).clamp_(-1, 1)
 
 
 def sample_in_groups(diffusion, x_hat, q, seed=0, **settings):
@@ -685,7 +682,7 @@ def read_archive(path):
             arrays = dict(archive)
         return dict(json.loads(arrays.pop("json").tobytes())), arrays
     except FileNotFoundError:
-        raise HFDError(f"{path}: no such file; name another model, or train one") from None
+        raise HFDError(f"{path}: no such file; name another folder, or train a model") from None
     except Exception as error:          # the many ways in which a damaged file can fail to unpack
         raise HFDError(f"{path}: not part of an HFD model ({type(error).__name__})") from None
 
@@ -693,8 +690,8 @@ def read_archive(path):
 def save_part(path, network, recipe, **more):
     """Write what ships of a stage: layers' weights in half precision, a prior frozen to integer
     tables. recipe: how it was made; more: what else to tell."""
-    arrays = {f"weights.{name}": t.half() if name.endswith("weight") else t
-              for name, t in network.state_dict().items()}
+    arrays = {f"weights.{name}": a.half() if name.endswith("weight") else a
+              for name, a in network.state_dict().items()}
     if isinstance(network, Autoencoder):
         tables = vars(network.prior.freeze(network.log_step.exp()))
         arrays |= {f"tables.{name}": a for name, a in tables.items()}
@@ -719,7 +716,7 @@ def load_part(path, config_kind, device):
     weights, tables = ({name.removeprefix(part): a for name, a in arrays.items()
                         if name.startswith(part)} for part in ("weights.", "tables."))
     weights = {name: torch.from_numpy(a).float() for name, a in weights.items()}
-    if not all(t.isfinite().all() for t in weights.values()):
+    if not all(a.isfinite().all() for a in weights.values()):
         raise ValueError("its weights are not all numbers")
     network.load_state_dict(weights, assign=True)
     network.float().requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
@@ -745,15 +742,19 @@ def load_model(folder, device="cpu"):
         tables = entropy.TABLES[autoencoder.config.prior](**tables).validate()
         if tables.octaves.shape != autoencoder.log_step.shape:
             raise ValueError("its tables do not belong to its weights")
-        weights = [t.cpu().numpy() for t in autoencoder.state_dict().values()]
+        weights = [a.cpu().numpy() for a in autoencoder.state_dict().values()]
         data = b"".join(a.tobytes() for a in (*weights, *vars(tables).values()))
         model = Model(torch.device(device), autoencoder, tables, hashlib.sha256(data).digest()[:4],
                       {"autoencoder": about["recipe"]})
+        # A forged configuration may not fit together: so make 16x16 pixels, at the last level.
+        last, x = len(autoencoder.lambdas) - 1, autoencoder.log_step.new_zeros(1, 3, CELL, CELL)
+        x_hat = autoencoder.decode(autoencoder.encode(x, last), last)               # (1, 3, 16, 16)
         path = os.path.join(folder, "denoiser.npz")
         if os.path.exists(path):
             model.diffusion, about, _ = load_part(path, DiffusionConfig, device)
             if about["autoencoder"] != model.identity.hex():
                 raise ValueError("it was trained for another autoencoder than the one beside it")
+            sample_picture(model.diffusion, x_hat, last, steps=1)
             model.recipes["denoiser"] = about["recipe"]
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HFDError(f"{path}: cannot be used ({' '.join(str(error).split())[:120]})") from None

@@ -186,7 +186,8 @@ def open_picture(path):
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return as_rgb(image)
     except Exception as error:      # a broken picture can make Pillow raise nearly anything
-        raise HFDError(f"{path}: cannot be read as a picture ({error})") from None
+        reason = str(error) or type(error).__name__
+        raise HFDError(f"{path}: cannot be read as a picture ({reason})") from None
 
 
 def as_rgb(image):
@@ -199,7 +200,8 @@ def as_rgb(image):
     # colour of 16 bits stands for transparent, Pillow would look for it among those of 8.
     if image.format == "EPS" or image.mode == "F" or deep and "transparency" in image.info:
         raise ValueError("convert it to an 8-bit .png first")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # a phone's: a preview
+    merged = "MPO", "PSD"                   # these have previews, or layers, in place of frames
+    if getattr(image, "n_frames", 1) > 1 and image.format not in merged:
         remarks.append(f"only the first of {image.n_frames} frames is kept")
     profile = image.info.get("icc_profile")
     inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0    # white is zero
@@ -210,11 +212,12 @@ def as_rgb(image):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its values do not fit into 16 bits")
-        image = Image.fromarray(((65535 - values if inverted else values) // 257).astype(np.uint8))
+        image = Image.fromarray(((65535 - values if inverted else values) >> 8).astype(np.uint8))
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     if image.has_transparency_data:
         remarks.append("transparency is dropped: the picture is laid on white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert({"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    image = image.convert(mode)
     if profile:
         try:
             source, srgb = io.BytesIO(profile), ImageCms.createProfile("sRGB")
@@ -268,17 +271,18 @@ def check_target(path, force, size=None):
     if not (named and os.access(folder, os.W_OK | os.X_OK)):
         raise HFDError(f"{path}: no file of that name can be written there")
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    most = {"JPEG": 65500, "WEBP": 16383, "ICO": 0, "ICNS": 0}.get(kind, 65535)
+    most = {"JPEG": 65500, "WEBP": 16383, "PNG": 65535, "TIFF": 65535, "BMP": 65535, "PPM": 65535,
+            "AVIF": 65535, "JPEG2000": 65535}.get(kind, 0)      # pixels a side
     if kind and not size:
         raise HFDError(f"{path}: its ending names a picture format; name an .hfd file")
-    if size and (kind not in Image.SAVE or max(size) > most):
+    if size and max(size) > most:
         raise HFDError(f"{path}: its ending names no format for so large a picture; try .png")
 
 
 # The command line ---------------------------------------------------------------------------------
 def progress(steps):
     """A callback that shows, on one line of a terminal, how far sampling is."""
-    begin, calls = time.time(), itertools.count(1)      # for groups each begin to count anew
+    begin, calls = time.time(), itertools.count(1)      # one count for all four groups
 
     def show():
         """Overwrite the line with the state after one more step."""

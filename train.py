@@ -227,11 +227,11 @@ def recorded(run, learn):
     def call(*tensors):
         """As learn. The first three calls of a shape only run: they create what must outlive a
         recording, such as the optimizers' memory."""
-        shape = tuple(t.shape for t in tensors)
+        shape = tuple(a.shape for a in tensors)
         calls[shape] += 1
         if calls[shape] == 4:
             graphs.clear()                                  # that of the other crop size
-            graph, inputs = torch.cuda.CUDAGraph(), [t.clone() for t in tensors]
+            graph, inputs = torch.cuda.CUDAGraph(), [a.clone() for a in tensors]
             try:                                            # recording computes nothing yet
                 with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                     terms = learn(*inputs)
@@ -285,6 +285,7 @@ class Run:
         if self.world > 1:
             stopped = torch.tensor(stopped, device=self.device)
             dist.all_reduce(stopped, dist.ReduceOp.MAX)
+            self.status = self.status or int(stopped)       # which all shall exit with
         return self.step < self.args.steps and not stopped
 
     def step_done(self, pixels, terms):
@@ -325,10 +326,10 @@ class Run:
     def tensors(self):
         """{name: tensor} of all that a step changes: weights, average, the optimizers' memory."""
         names = {p: name for name, p in self.model.named_parameters()}
-        return ({f"model.{name}": t for name, t in self.model.state_dict().items()}
-                | {f"average.{name}": t for name, t in self.average.state_dict().items()}
-                | {f"optimizer.{key}.{names[p]}": t for optimizer in self.optimizers
-                   for p, state in optimizer.state.items() for key, t in state.items()})
+        return ({f"model.{name}": a for name, a in self.model.state_dict().items()}
+                | {f"average.{name}": a for name, a in self.average.state_dict().items()}
+                | {f"optimizer.{key}.{names[p]}": a for optimizer in self.optimizers
+                   for p, state in optimizer.state.items() for key, a in state.items()})
 
     def save(self):
         """Write what --resume needs, and then what ships."""
@@ -351,10 +352,11 @@ class Run:
             for optimizer in self.optimizers:
                 optimizer.step()
         tensors = self.tensors()
-        if {k: t.shape for k, t in tensors.items()} != {k: a.shape for k, a in arrays.items()}:
+        mine, theirs = ({name: a.shape for name, a in part.items()} for part in (tensors, arrays))
+        if mine != theirs:
             raise HFDError(f"{self.args.state}: cannot be resumed, for it is of other networks")
-        for name, t in tensors.items():
-            t.copy_(torch.from_numpy(arrays[name]))
+        for name, a in tensors.items():
+            a.copy_(torch.from_numpy(arrays[name]))
 
     def end(self):
         """Save, say how it ended, and exit with a status that says so, too."""
@@ -441,7 +443,7 @@ def train_diffusion(args, device, known):
         size + 2 MARGIN), at levels q (B,): made from rounded latents, as the decoder does."""
         k = (autoencoder.analysis(x, q) / autoencoder.step(q)).round()              # (B, M, h, w)
         x_hat = autoencoder.synthesis(autoencoder.dequantize(k, q), q).clamp(-1, 1)
-        return [t[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for t in (x, x_hat)]
+        return [a[..., MARGIN:-MARGIN, MARGIN:-MARGIN] for a in (x, x_hat)]
 
     if old:
         model.load_state_dict(old.state_dict())

@@ -2,8 +2,6 @@
 
     python -m figures.trajectory --out figures
 """
-import functools
-
 import torch
 
 import hfd
@@ -25,8 +23,9 @@ def recorded(diffusion, x_hat, q, seed):
         frames.append((float(log_snr), z.clone(), x))
         return x
     eps = torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(seed)).to(x_hat.device)
-    schedule = functools.partial(diffusion.schedule, eta=diffusion.config.eta)
-    hfd.sample_loop(predict_x, STEPS, hfd.ddim_step, schedule, lambda: eps)
+    t = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)                        # (STEPS + 1,)
+    log_snr = diffusion.schedule(t, diffusion.config.eta)                           # (STEPS + 1,)
+    hfd.sample_loop(predict_x, log_snr, hfd.ddim_step, lambda: eps)
     return frames
 
 

@@ -161,8 +161,8 @@ def sampled(sampler, steps, eta, schedule=hfd.log_snr_at):
 
     def noise():
         return torch.randn(30_000, generator=generator, dtype=torch.float64)
-    step = hfd.SAMPLERS[sampler]()
-    return hfd.sample_loop(predict_x, steps, step, lambda t: schedule(t, eta), noise)
+    log_snr = schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64), eta)
+    return hfd.sample_loop(predict_x, log_snr, hfd.SAMPLERS[sampler](), noise)
 
 
 @pytest.mark.parametrize("schedule", [hfd.log_snr_at, hfd.flow_log_snr_at])

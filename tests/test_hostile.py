@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 
 import numpy as np
+import pytest
 from conftest import memory_within, refusal
 
 import hfd
@@ -127,6 +128,16 @@ def test_hostile_models(tiny_model, model, photo, tmp_path):
     print(*outcomes.items(), sep="\n")
     assert not any(what is False and kind in DAMAGE for kind, what in outcomes)
     assert outcomes["forged", "refused"] > 0.5 * (CASES // 20)
+
+
+@pytest.mark.parametrize("size", [(2, (8,), (1,)), (3, (8,) * 5, (0,) * 5)])
+def test_a_denoiser_that_does_not_fit_is_refused(size, tiny_model, model, tmp_path):
+    """One for fewer quality levels, and one that halves the resolution too often for our pictures:
+    each could be a network. That it fits no autoencoder is told when it is loaded."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    network = hfd.DiffusionPlus(hfd.DiffusionConfig(*size))
+    hfd.save_part(folder / "denoiser.npz", network, {}, autoencoder=model.identity.hex())
+    assert "denoiser.npz: cannot be used" in refusal(hfd.load_model, folder)
 
 
 def test_what_is_no_archive_is_refused(tmp_path):
