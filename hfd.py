@@ -660,7 +660,8 @@ def write_atomically(path, write):
     except OSError as error:
         if not error.errno:                                 # not the system's but Pillow's
             raise
-        raise HFDError(f"{path}: {error.strerror}; make room, or name another place") from None
+        advice = "nothing was changed; make room, or name another place"
+        raise HFDError(f"{path}: {error.strerror}; {advice}") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
