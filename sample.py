@@ -1,6 +1,5 @@
 """Using: the file format, pictures in and out, and the command line.
 
-    python sample.py demo                             see it work, on a portrait
     python sample.py compress photo.jpg photo.hfd --quality 2
     python sample.py decompress photo.hfd photo.png
     python sample.py info photo.hfd                   or a model's folder
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 
 import entropy
 import hfd
@@ -47,7 +46,6 @@ BLOCKS = (16, 32, 64, 128)                  # sides of an HFD+ map's blocks; tra
 PLUS_BLOCK = 64                             # that of --plus
 MAX_PIXELS = 100_000_000                    # a larger picture is refused before memory is taken
 MODEL = str(Path(__file__).parent / "checkpoints")
-DETAIL = (325, 440, 453, 552)               # of the demo's portrait: cloth and ribbons
 
 # The file format ----------------------------------------------------------------------------------
 def compress(image, model, quality, seed=0, block=0):
@@ -359,57 +357,6 @@ def portrait():
     return open_picture(folder / "mpl-data" / "sample_data" / "grace_hopper.jpg")[0]
 
 
-def largest_within(size, image, kind="jpeg", **options):
-    """(bytes, quality) of the best JPEG, or what Pillow calls `kind`, of at most `size` bytes, or
-    of the smallest there is."""
-    for quality in range(1, 96):                            # files grow with it
-        buffer = io.BytesIO()
-        image.save(buffer, kind, quality=quality, **options)
-        if quality > 1 and len(buffer.getbuffer()) > size:
-            break
-        best = buffer.getvalue(), quality
-    return best
-
-
-def contact_sheet(pictures, view=(0, 0, 512, 600)):
-    """Of pictures, each (caption, PIL image), the box `view`, side by side, and below each its
-    DETAIL, enlarged to the same width."""
-    width, columns = view[2] - view[0], []
-    for caption, image in pictures:
-        top, below = (ImageOps.scale(image.crop(box), width // (box[2] - box[0]), Image.NEAREST)
-                      for box in (view, DETAIL))
-        column = ImageOps.expand(top, (0, 30, 8, 8 + below.height), "white")
-        ImageDraw.Draw(column).text((4, 3), caption, "black", ImageFont.load_default(20))
-        column.paste(below, (0, 38 + top.height))
-        columns.append(np.asarray(column))
-    return Image.fromarray(np.hstack(columns)[:, :-8])
-
-
-def run_demo(args):
-    """demo: the whole path on a portrait, beside a JPEG of as many bytes."""
-    model, image = hfd.load_model(args.model, pick_device(args.device)), portrait()
-    need_diffusion(model)
-    data, report = compress(image, model, args.quality)
-    blurry, _ = decompress(data, model, rho=0)
-    picture, decoding = decompress(data, model, on_step=progress(hfd.STEPS))
-    jpeg, quality = largest_within(len(data), image, optimize=True)
-    jpeg_picture, shown = Image.open(io.BytesIO(jpeg)).convert("RGB"), [("original", image)]
-    print(f"{'':12} {'bytes':>6} {'bpp':>6} {'PSNR':>6}")
-    for name, file, decoded in (("JPEG", jpeg, jpeg_picture), ("autoencoder", data, blurry),
-                                ("HFD", data, picture)):
-        bpp = 8 * len(file) / (image.width * image.height)
-        print(f"{name:12} {len(file):6} {bpp:6.3f} {psnr(image, decoded):6.2f}")
-        shown.append((f"{name}, {len(file)} bytes", decoded))
-    if len(jpeg) > len(data):
-        print(f"(JPEG cannot go lower: this is its quality {quality})")
-    print(told(report | {"seconds": report["seconds"] | decoding["seconds"]}))
-    os.makedirs(args.out, exist_ok=True)
-    hfd.write_atomically(os.path.join(args.out, "portrait.hfd"), lambda f: f.write(data))
-    save_picture(picture, os.path.join(args.out, "portrait.png"))
-    save_picture(contact_sheet(shown), os.path.join(args.out, "comparison.png"))
-    print(f"wrote portrait.hfd, portrait.png and comparison.png in {args.out}")
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Tells the default of every flag that has one to tell, and leaves docstrings' lines alone."""
 
@@ -465,14 +412,13 @@ def main(argv=None):
     """Run one command. argv: a list of words, or None for the shell's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_subparsers(dest="command", required=True).add_parser
-    demo = add("demo", help="compress and decode a portrait, and compare", formatter_class=Help)
     c = add("compress", help="picture to .hfd file", formatter_class=Help)
     d = add("decompress", help=".hfd file to picture", formatter_class=Help)
     info = add("info", help="what a file or a model says of itself", formatter_class=Help)
     info.add_argument("path", nargs="?", default=MODEL, help=".hfd file, or a model's folder")
-    demo.add_argument("--out", default="demo", help="folder for what it writes")
     c.add_argument("input", help="any picture that Pillow opens, of 8 or 16 bits and no PostScript")
     c.add_argument("output", help=".hfd file to write")
+    c.add_argument("--quality", type=int, default=2, help="1 (smallest) to 6 (best picture)")
     c.add_argument("--plus", action="store_true", help="HFD+: add a map of where detail is missing")
     c.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise")
     d.add_argument("input", help=".hfd file")
@@ -485,16 +431,13 @@ def main(argv=None):
     d.add_argument("--patch", type=int, default=hfd.PATCH, help="pixels a side, worked on at once")
     d.add_argument("--context", type=int, default=hfd.CONTEXT, help="pixels around; 128 is exact")
     d.add_argument("--grouped", action="store_true", help="patches take turns, as in the paper")
-    for p in (demo, c):
-        p.add_argument("--quality", type=int, default=2, help="1 (smallest) to 6 (best picture)")
     for p in (c, d):
         p.add_argument("--force", action="store_true", help="overwrite the output if it exists")
-    for p in (demo, c, d):
         p.add_argument("--model", default=MODEL, help="folder of the model")
         p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     args = parser.parse_args(argv)
-    {"demo": run_demo, "compress": run_compress, "decompress": run_decompress,
-     "info": run_info}[args.command](args)
+    commands = {"compress": run_compress, "decompress": run_decompress, "info": run_info}
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

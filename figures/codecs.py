@@ -29,6 +29,17 @@ def decode(data):
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
+def largest_within(size, name, image):
+    """(bytes, quality) of the best file of at most `size` bytes, or of the smallest there is. Not
+    for JPEG 2000, whose setting is another."""
+    for quality in range(1, 96):                            # files grow with it
+        file = encode(name, image, quality)
+        if quality > 1 and len(file) > size:
+            break
+        best = file, quality
+    return best
+
+
 # Mean bits per pixel and PSNR (dB) of RGB over the 24 Kodak pictures, as published: the first four
 # by CompressAI (results/image/kodak), HiFiC by Mentzer et al. 2020, MS-ILLM by Muckley et al. 2023.
 PUBLISHED = {

@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 import torch
 from matplotlib import pyplot as plt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import hfd
 import sample
@@ -364,6 +364,23 @@ def plot(panel, lines, ticks=None, **labels):
         panel.annotate(name, (x[-1], y[-1]), (1.03, height), textcoords="axes fraction", fontsize=8,
                        color=colour, va="center", arrowprops={"arrowstyle": "-", "color": colour,
                                                               "linewidth": 0.4, "relpos": (0, 0.5)})
+
+
+RIBBONS = (325, 440, 453, 552)          # of the portrait: dark cloth and fine colours
+
+
+def contact_sheet(pictures, view=(0, 0, 512, 600)):
+    """Of pictures of the portrait, each (caption, PIL image), the box `view`, side by side, and
+    below each its RIBBONS, enlarged to the same width."""
+    width, columns = view[2] - view[0], []
+    for caption, image in pictures:
+        top, below = (ImageOps.scale(image.crop(box), width // (box[2] - box[0]), Image.NEAREST)
+                      for box in (view, RIBBONS))
+        column = ImageOps.expand(top, (0, 30, 8, 8 + below.height), "white")
+        ImageDraw.Draw(column).text((4, 3), caption, "black", ImageFont.load_default(20))
+        column.paste(below, (0, 38 + top.height))
+        columns.append(np.asarray(column))
+    return Image.fromarray(np.hstack(columns)[:, :-8])
 
 
 def sheet(columns, rows):

@@ -16,7 +16,7 @@ def main(argv=None):
     image, (data, _) = run.images[0], run.coded(run.args.level, 0)
     shown = [("original", image)]
     for name in ("JPEG", "AVIF"):
-        file, quality = sample.largest_within(len(data), image, name, **codecs.CODECS[name][0])
+        file, quality = codecs.largest_within(len(data), name, image)
         shown.append((f"{name} q{quality}, {len(file)} bytes", codecs.decode(file)))
     for name, settings in (("autoencoder", {"rho": 0}), ("HFD, seed 0", {"seed": 0}),
                            ("HFD, seed 1", {"seed": 1})):
@@ -25,7 +25,7 @@ def main(argv=None):
     numbers = {name: round(sample.psnr(image, decoded), 2) for name, decoded in shown[1:]}
     for name, decibels in numbers.items():
         print(f"{name:28} PSNR {decibels:.2f} dB")
-    run.finish(sample.contact_sheet(shown, FACE), psnr=numbers)
+    run.finish(common.contact_sheet(shown, FACE), psnr=numbers)
 
 
 if __name__ == "__main__":

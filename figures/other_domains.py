@@ -55,7 +55,7 @@ def main(argv=None):
         summary[name] = metrics.bd_rate(*zip(*found["WebP"]), *zip(*found["autoencoder"]))
         print(f"{name}: {summary[name]} % of bits, relative to WebP, at equal PSNR")
         data, _ = sample.compress(image, run.model, run.args.level)
-        jpeg, _ = sample.largest_within(len(data), image, optimize=True)
+        jpeg, _ = codecs.largest_within(len(data), "JPEG", image)
         shown = image, codecs.decode(jpeg), *(
             sample.decompress(data, run.model, rho=rho)[0] for rho in (0, 1))
         columns[name] = [common.around_centre(x, 128).resize((256, 256), 0) for x in shown]

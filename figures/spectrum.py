@@ -46,7 +46,7 @@ def spectra(run, level):
     found = {}
     for i, image in enumerate(run.images):
         data, x_hat = run.coded(level, i)
-        jpeg, _ = sample.largest_within(len(data), image, optimize=True)
+        jpeg, _ = codecs.largest_within(len(data), "JPEG", image)
         shown = {"original": (b"", image), "JPEG": (jpeg, codecs.decode(jpeg)),
                  "autoencoder": (data, sample.to_image(x_hat, *image.size)),
                  "HFD": (data, sample.to_image(run.sample(level, i), *image.size))}

@@ -122,10 +122,11 @@ def test_numbers_in_the_readme_come_from_the_results(shipped):
 
 
 def test_demo(tmp_path):
-    """`sample.py demo` needs no argument and no screen, whatever a notebook says. It writes a file
+    """`figures.demo` needs no argument and no screen, whatever a notebook says. It writes a file
     (this process writes the same), its picture and a comparison, and prints what all costs."""
-    notebook = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "demo"], cwd=tmp_path, text=True,
+    notebook = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline",
+                             "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "figures.demo"], cwd=tmp_path, text=True,
                           capture_output=True, env=notebook)
     assert done.returncode == 0 and "sampling step" in done.stderr, done.stderr
     for word in ("PSNR", "estimated", "payload", "range decoder"):
@@ -133,11 +134,12 @@ def test_demo(tmp_path):
     for name in "JPEG", "autoencoder", "HFD":               # as the README says
         told, printed = (re.search(f"^{name} .*", text, re.M)[0] for text in (README, done.stdout))
         assert numbers(told) == pytest.approx(numbers(printed), abs=0.1)
-    data = (tmp_path / "demo" / "portrait.hfd").read_bytes()
+    written = tmp_path / "runs" / "figures"
+    data = (written / "portrait.hfd").read_bytes()
     twin = hfd.load_model(sample.MODEL, find_device())      # where the demo has run
     assert data == sample.compress(sample.portrait(), twin, 2)[0] and len(data) < 10_000
-    assert Image.open(tmp_path / "demo" / "portrait.png").size == (512, 600)
-    assert Image.open(tmp_path / "demo" / "comparison.png").width > 2000
+    assert Image.open(written / "portrait.png").size == (512, 600)
+    assert Image.open(written / "demo.png").width > 2000
 
 
 def test_shipped_model_says_how_it_was_made(shipped, capsys):
