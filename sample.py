@@ -8,7 +8,6 @@ An .hfd file is a header of 25 bytes, which are FIELDS and a CRC-32 of everythin
 map, its length in 32 bits before it; and the range-coded latent. Numbers are big-endian.
 """
 import argparse
-import importlib.util
 import io
 import itertools
 import json
@@ -136,22 +135,21 @@ def with_mean(x, header):
     return x.add_((mean - found)[:, None, None]).clamp_(-1, 1)
 
 
-def decompress(data, model, name="file", rho=1.0, seed=None, grouped=False, **settings):
+def decompress(data, model, name="file", rho=1.0, seed=None, **settings):
     """Bytes of an .hfd file to (PIL RGB image, report with seconds per part).
 
     rho, the realism knob, mixes x_hat + rho (x_sample - x_hat): 0 is the autoencoder's picture, 1
-    the full sample. seed: None for the one in the file. grouped: hfd.sample_in_groups in place of
-    hfd.sample_picture. settings: theirs."""
+    the full sample. seed: None for the one in the file. settings: of hfd.sample_picture."""
     header, times = parse(data, name), [clock(model.device)]
     k, energy = decode_latent(header, model, name)
     times.append(clock(model.device))
-    x_hat = with_mean(model.autoencoder.decode(k, header["quality"] - 1), header)   # (1, 3, H', W')
+    q = header["quality"] - 1
+    x_hat = with_mean(model.autoencoder.decode(k, q), header)                       # (1, 3, H', W')
     del k                                       # frees 10 bytes a pixel before the sampler starts
     times.append(clock(model.device))
     if rho > 0:
-        draw = hfd.sample_in_groups if grouped else hfd.sample_picture
         settings |= {"seed": header["seed"] if seed is None else seed, "energy": energy}
-        x = draw(need_diffusion(model), x_hat, header["quality"] - 1, **settings)
+        x = hfd.sample_picture(need_diffusion(model), x_hat, q, **settings)
         x_hat.lerp_(with_mean(x, header), rho)
     times.append(clock(model.device))
     seconds = dict(zip(("range decoder", "decoder", "diffusion"), np.diff(times).tolist()))
@@ -244,12 +242,6 @@ def to_image(x, width, height):
     return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())
 
 
-def psnr(a, b):
-    """Peak signal-to-noise ratio of two PIL RGB images of one size, in dB; inf if equal."""
-    mse = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return float(10 * np.log10(255 ** 2 / mse)) if mse else float("inf")
-
-
 def save_picture(image, path):
     """Write a PIL image in the format that the ending of `path` names, completely or not at all."""
     try:
@@ -280,7 +272,7 @@ def check_target(path, force, size=None):
 # The command line ---------------------------------------------------------------------------------
 def progress(steps):
     """A callback that shows, on one line of a terminal, how far sampling is."""
-    begin, calls = time.time(), itertools.count(1)      # one count for all four groups
+    begin, calls = time.time(), itertools.count(1)
 
     def show():
         """Overwrite the line with the state after one more step."""
@@ -322,9 +314,9 @@ def run_decompress(args):
     header = parse(data, args.input)                    # before a model is loaded for a broken file
     check_target(args.output, args.force, (header["width"], header["height"]))
     model = hfd.load_model(args.model, pick_device(args.device))
-    knobs = "rho", "seed", "grouped", "steps", "sampler", "eta", "patch", "context"
+    knobs = "rho", "seed", "steps", "sampler", "eta", "patch", "context"
     settings = {name: getattr(args, name) for name in knobs}
-    settings["on_step"] = progress(args.steps * (4 if args.grouped else 1))
+    settings["on_step"] = progress(args.steps)
     image, report = decompress(data, model, args.input, **settings)
     save_picture(image, args.output)
     print(f"{args.output}: {image.width}x{image.height} pixels; {told(report)}")
@@ -349,12 +341,6 @@ def run_info(args):
     latent = len(header["latent"])
     print(f"{len(data)} bytes ({8 * len(data) / (width * height):.4f} bpp): {HEADER_BYTES} header, "
           f"{len(data) - HEADER_BYTES - latent} map, {latent} latent")
-
-
-def portrait():
-    """The portrait that ships with matplotlib, a PIL RGB image of 512x600."""
-    folder = Path(importlib.util.find_spec("matplotlib").origin).parent     # without importing it
-    return open_picture(folder / "mpl-data" / "sample_data" / "grace_hopper.jpg")[0]
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -430,7 +416,6 @@ def main(argv=None):
     d.add_argument("--eta", type=float, help="shift of the schedule; left out: by what is missing")
     d.add_argument("--patch", type=int, default=hfd.PATCH, help="pixels a side, worked on at once")
     d.add_argument("--context", type=int, default=hfd.CONTEXT, help="pixels around; 128 is exact")
-    d.add_argument("--grouped", action="store_true", help="patches take turns, as in the paper")
     for p in (c, d):
         p.add_argument("--force", action="store_true", help="overwrite the output if it exists")
         p.add_argument("--model", default=MODEL, help="folder of the model")

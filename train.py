@@ -87,14 +87,16 @@ def picture_files(folder):
 class Photos:
     """Every picture of a folder, or 64 dead leaves without one, as uint8 on the device that trains:
     decoding on the fly is what usually starves a GPU. Those with a side below `smallest` are
-    continued by mirroring. Reading ends beyond `megapixels`. HFDError if there is no picture."""
+    continued by mirroring. args: the flags of the command line; reading ends beyond --megapixels.
+    HFDError if there is no picture."""
 
-    def __init__(self, folder, smallest, device, megapixels, variety, seed):
-        self.variety, self.images, total, rng = variety, [], 0, np.random.default_rng(seed)
-        names = picture_files(folder) if folder else [None] * 64
+    def __init__(self, args, smallest, device):
+        self.variety, self.images, total = args.variety, [], 0
+        names = picture_files(args.images) if args.images else [None] * 64
+        rng = np.random.default_rng(args.seed)
         rng.shuffle(names)
         for name in names:
-            if total > megapixels:
+            if total > args.megapixels:
                 print("warning: not all were read; see --megapixels", file=sys.stderr)
                 break
             try:
@@ -107,8 +109,8 @@ class Photos:
             self.images.append(torch.from_numpy(array).permute(2, 0, 1).contiguous().to(device))
             total += array.shape[0] * array.shape[1] / 1e6
         if not self.images:
-            raise HFDError(f"{folder}: no pictures found there; other --images, or none, may do")
-        kind = "pictures" if folder else "dead leaves"
+            raise HFDError(f"{args.images}: no pictures found; other --images, or none, may do")
+        kind = "pictures" if args.images else "dead leaves"
         self.description = f"{len(self.images)} {kind}, {total:.0f} megapixels"
 
     def crops(self, count, size):
@@ -390,7 +392,7 @@ def peak_memory(device):
 def train_autoencoder(args, device, known):
     """Transforms, steps and prior, all levels at once (Balle et al. 2017). known: None or the
     hfd.Model to start from; if that has another prior, only the prior is learned."""
-    photos = Photos(args.images, 2 * args.crop, device, args.megapixels, args.variety, args.seed)
+    photos = Photos(args, 2 * args.crop, device)
     config = known.autoencoder.config if known else hfd.AutoencoderConfig()
     model = hfd.Autoencoder(replace(config, prior=args.prior))
     model.to(device, memory_format=torch.channels_last)
@@ -434,8 +436,7 @@ def train_diffusion(args, device, known):
     if known and (not old or (old.config.kind, config.levels) != (config.kind, levels)):
         raise HFDError(f"{args.init}: has no denoiser of that kind, for as many quality levels")
     model = hfd.DENOISERS[config.kind](config).to(device, memory_format=torch.channels_last)
-    least = 2 * (args.crop + MARGIN)
-    photos = Photos(args.images, least, device, args.megapixels, args.variety, args.seed)
+    photos = Photos(args, 2 * (args.crop + MARGIN), device)
 
     @torch.no_grad()
     def pairs(x, q):

@@ -17,6 +17,7 @@ import numpy as np
 import PIL
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import hfd
@@ -26,6 +27,11 @@ from figures import metrics
 from hfd import HFDError
 
 
+def portrait():
+    """The portrait that ships with matplotlib, a PIL RGB image of 512x600."""
+    return sample.open_picture(get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
+
+
 def pictures(folder=None, count=None, middle=None):
     """[(name, PIL RGB image)] of a folder, or if None of the portrait and three dead leaves
     pictures. count: only so many, evenly spread. middle: of each only the square of that side
@@ -33,7 +39,7 @@ def pictures(folder=None, count=None, middle=None):
     if folder is None:
         rng = np.random.default_rng(20230518)   # not a seed of train.py's: nothing that it draws
         leaves = [(f"leaves {n}", Image.fromarray(train.dead_leaves(256, rng))) for n in (1, 2, 3)]
-        found = [("portrait", sample.portrait()), *leaves]
+        found = [("portrait", portrait()), *leaves]
     else:
         root = Path(folder) if os.path.isdir(folder) else Path(folder).parent
         found = [(str(path.relative_to(root)), path) for path in train.picture_files(folder)]
@@ -132,7 +138,7 @@ class Run:
 
     def _choose(self, scored):
         """The pictures, and what can be measured on them."""
-        self.names, self.images, self.distances = ["portrait"], [sample.portrait()], {}
+        self.names, self.images, self.distances = ["portrait"], [portrait()], {}
         if not scored:
             return
         count, middle = (2, 256) if self.args.quick else (None, self.args.middle)
@@ -235,7 +241,7 @@ class Run:
                     error = np.subtract(decoded, image, dtype=float)                # (H, W, 3)
                     rows.setdefault(variant, []).append({
                         "bpp": 8 * len(data) / (image.width * image.height),
-                        "psnr": sample.psnr(image, decoded), "mse": np.square(error).mean(),
+                        "psnr": metrics.psnr(image, decoded), "mse": np.square(error).mean(),
                         "colour": np.abs(error.mean(axis=(0, 1))).max(), **numbers,
                         "features": self.features(decoded) if self.distances else {}})
             return {"variants": {variant: self._score(each) for variant, each in rows.items()}}

@@ -5,7 +5,7 @@
 Where the two samples differ, the model invents; where they agree, it may still.
 """
 import sample
-from figures import codecs, common
+from figures import codecs, common, metrics
 
 FACE = (140, 56, 396, 376)                  # of the portrait
 
@@ -22,7 +22,7 @@ def main(argv=None):
                            ("HFD, seed 1", {"seed": 1})):
         decoded, _ = sample.decompress(data, run.model, **settings)
         shown.append((f"{name}, {len(data)} bytes", decoded))
-    numbers = {name: round(sample.psnr(image, decoded), 2) for name, decoded in shown[1:]}
+    numbers = {name: round(metrics.psnr(image, decoded), 2) for name, decoded in shown[1:]}
     for name, decibels in numbers.items():
         print(f"{name:28} PSNR {decibels:.2f} dB")
     run.finish(common.contact_sheet(shown, FACE), psnr=numbers)

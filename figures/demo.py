@@ -4,7 +4,7 @@
 """
 import hfd
 import sample
-from figures import codecs, common
+from figures import codecs, common, metrics
 
 
 def main(argv=None):
@@ -19,7 +19,7 @@ def main(argv=None):
     print(f"{'':12} {'bytes':>6} {'bpp':>6} {'PSNR':>6}")
     for name, file, decoded in (("JPEG", jpeg, codecs.decode(jpeg)), ("autoencoder", data, blurry),
                                 ("HFD", data, picture)):
-        bpp, psnr = 8 * len(file) / (image.width * image.height), sample.psnr(image, decoded)
+        bpp, psnr = 8 * len(file) / (image.width * image.height), metrics.psnr(image, decoded)
         print(f"{name:12} {len(file):6} {bpp:6.3f} {psnr:6.2f}")
         numbers[name] = {"bytes": len(file), "psnr": round(psnr, 2)}
         shown.append((f"{name}, {len(file)} bytes", decoded))

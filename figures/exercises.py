@@ -12,7 +12,7 @@ from PIL import Image
 import entropy
 import hfd
 import sample
-from figures import common
+from figures import common, metrics
 
 LEVEL = 2
 
@@ -31,7 +31,7 @@ def decoder(run):
     """Exercises 1 to 4 and 7: what the decoder can be asked to do with one file."""
     def psnr(picture):
         """Of a decoded picture, in dB, against the portrait."""
-        return f"{sample.psnr(run.images[0], picture):.2f} dB"
+        return f"{metrics.psnr(run.images[0], picture):.2f} dB"
     whole = np.asarray(decoded(run, patch=640, context=0), float)
     for context in (0, 32, 128):
         gap = np.abs(np.asarray(decoded(run, patch=64, context=context)) - whole).max()
@@ -62,7 +62,7 @@ def coder(run, ks):
 
     def psnrs():
         """(Q,) PSNR of the autoencoder."""
-        return np.array([sample.psnr(image, decoded(run, level, rho=0))
+        return np.array([metrics.psnr(image, decoded(run, level, rho=0))
                          for level in range(1, len(ks) + 1)])
     before, stored = psnrs(), autoencoder.offset.data.clone()
     autoencoder.offset.data.zero_()

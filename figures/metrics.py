@@ -1,6 +1,6 @@
 """How good is a decoded picture? There are two answers, and no codec can be best at both.
 
-*Distortion* asks how near each picture is to its own original: PSNR (sample.psnr). *Realism* asks
+*Distortion* asks how near each picture is to its own original: PSNR. *Realism* asks
 whether the decoded pictures, taken together, could be photographs: the Frechet distance between
 their features and the originals'. The first forgives blur, the second forgives detail that is wrong
 but plausible (Blau & Michaeli 2019).
@@ -14,6 +14,12 @@ import torch
 from scipy.interpolate import PchipInterpolator
 
 from hfd import HFDError
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of two PIL RGB images of one size, in dB; inf if equal."""
+    mse = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+    return float(10 * np.log10(255 ** 2 / mse)) if mse else float("inf")
 
 
 def bd_rate(rates_a, quality_a, rates_b, quality_b):

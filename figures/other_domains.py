@@ -25,7 +25,7 @@ def domains():
     words = "it was the best of times the worst age wisdom foolishness epoch belief light".split()
     page = "\n".join(" ".join(rng.choice(words, 14)) for _ in range(32))
     ImageDraw.Draw(text).text((8, 0), page, "black", ImageFont.load_default(13))
-    return {"portrait": sample.portrait(), "MRI slice": grey(mri),
+    return {"portrait": common.portrait(), "MRI slice": grey(mri),
             "elevation": grey(get_sample_data("jacksboro_fault_dem.npz")["elevation"]),
             "sea floor": grey(get_sample_data("topobathy.npz")["topo"]), "text": text,
             "dead leaves": Image.fromarray(train.dead_leaves(384, rng)),
@@ -38,10 +38,10 @@ def curves(run, image):
     for level in range(1, run.last_level + 1):
         data, _ = sample.compress(image, run.model, level)
         decoded, _ = sample.decompress(data, run.model, rho=0)
-        found["autoencoder"].append((len(data), sample.psnr(image, decoded)))
+        found["autoencoder"].append((len(data), metrics.psnr(image, decoded)))
     for quality in range(0, 100, 5):
         data = codecs.encode("WebP", image, quality)
-        found["WebP"].append((len(data), sample.psnr(image, codecs.decode(data))))
+        found["WebP"].append((len(data), metrics.psnr(image, codecs.decode(data))))
     return found
 
 

@@ -105,7 +105,7 @@ def test_known_pictures_and_numbers():
     assert found == [20, "never", None]
     grey, other, busy = (picture(x + np.zeros((64, 64, 3))) for x in (
         100, 105, rng.normal(128, 40, (64, 64, 3))))
-    assert sample.psnr(grey, other) == pytest.approx(34.151, abs=1e-3)
+    assert metrics.psnr(grey, other) == pytest.approx(34.151, abs=1e-3)
     file, quality = codecs.largest_within(2000, "JPEG", busy)
     assert len(file) <= 2000 < len(codecs.encode("JPEG", busy, quality + 1))
 
@@ -132,11 +132,11 @@ def folders(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(tiny_model, folders):
     """The JSON of every script, by name: run with --quick, small pictures, cheap features."""
-    found, portrait = {}, sample.portrait().crop((100, 100, 292, 292))
+    found, portrait = {}, common.portrait().crop((100, 100, 292, 292))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folders)
         patch.setattr(metrics, "efficientnet", lambda device: ({"fd": "", "fd16": ""}, texture))
-        patch.setattr(sample, "portrait", lambda: portrait)
+        patch.setattr(common, "portrait", lambda: portrait)
         patch.setattr(train, "POOL", 4)
         patch.setitem(common.STYLE, "figure.dpi", 50)
         patch.setattr(metrics, "bootstrap", partial(metrics.bootstrap, replicates=9))

@@ -137,7 +137,7 @@ def test_demo(tmp_path):
     written = tmp_path / "runs" / "figures"
     data = (written / "portrait.hfd").read_bytes()
     twin = hfd.load_model(sample.MODEL, find_device())      # where the demo has run
-    assert data == sample.compress(sample.portrait(), twin, 2)[0] and len(data) < 10_000
+    assert data == sample.compress(common.portrait(), twin, 2)[0] and len(data) < 10_000
     assert Image.open(written / "portrait.png").size == (512, 600)
     assert Image.open(written / "demo.png").width > 2000
 
@@ -157,11 +157,11 @@ def test_shipped_model_says_how_it_was_made(shipped, capsys):
 
 def test_shipped_model_spans_the_curve(shipped):
     """From level to level the file grows and the error falls."""
-    image, sizes, psnrs = sample.portrait().crop((200, 344, 456, 600)), [], []
+    image, sizes, psnrs = common.portrait().crop((200, 344, 456, 600)), [], []
     for quality in range(1, len(shipped.autoencoder.lambdas) + 1):
         data, report = sample.compress(image, shipped, quality)
         sizes.append(report["file"])
-        psnrs.append(sample.psnr(image, sample.decompress(data, shipped, rho=0)[0]))
+        psnrs.append(metrics.psnr(image, sample.decompress(data, shipped, rho=0)[0]))
     assert sorted(sizes) == sizes and sorted(psnrs) == psnrs
     assert sizes[0] < 0.1 and 0.5 < sizes[-1] < 1.2 and psnrs[0] > 23 and psnrs[-1] > 32
 
@@ -169,7 +169,7 @@ def test_shipped_model_spans_the_curve(shipped):
 def test_a_sample_is_one_of_many_and_not_tinted(shipped):
     """Two seeds give two pictures from one file; each costs less than theory's 3.01 dB and keeps
     the colours. Its detail is nearer to the picture's than x_hat's is; less noise invents less."""
-    crop = sample.portrait().crop((288, 432, 416, 560))
+    crop = common.portrait().crop((288, 432, 416, 560))
     data, _ = sample.compress(crop, shipped, 2)
     blurry, one, two, smooth = (sample.decompress(data, shipped, **settings)[0] for settings in (
         {"rho": 0}, {"seed": 1}, {"seed": 2}, {"seed": 1, "eta": 0.03}))
@@ -177,14 +177,14 @@ def test_a_sample_is_one_of_many_and_not_tinted(shipped):
                               for image in (crop, blurry, smooth, one))
     assert one != two and less < full and abs(full - real) < abs(none - real)
     for picture in (one, two):
-        assert sample.psnr(crop, blurry) - sample.psnr(crop, picture) < 3.01
+        assert metrics.psnr(crop, blurry) - metrics.psnr(crop, picture) < 3.01
         assert np.abs(np.subtract(picture, crop, dtype=int).mean((0, 1))).max() < 1
 
 
 def test_default_context_is_enough(shipped):
     """With the default context this crop is less than two grey levels off whole-image sampling
     (more elsewhere: see figures.patches); without context it is far more."""
-    x = sample.to_tensor(sample.portrait().crop((0, 0, 192, 192)), "cpu")
+    x = sample.to_tensor(common.portrait().crop((0, 0, 192, 192)), "cpu")
     x_hat = shipped.autoencoder.decode(shipped.autoencoder.encode(x, 1), 1)
     whole, enough, none = (
         hfd.sample_picture(shipped.diffusion, x_hat, 1, patch=patch, context=context)
@@ -196,7 +196,7 @@ def test_default_context_is_enough(shipped):
 def test_pixels_hardly_depend_on_the_machine(shipped, monkeypatch):
     """Pixels come from floating point. In bfloat16, or with sums in another order, they differ by 8
     of 255 at most."""
-    data, found = sample.compress(sample.portrait().crop((300, 400, 396, 496)), shipped, 2)[0], []
+    data, found = sample.compress(common.portrait().crop((300, 400, 396, 496)), shipped, 2)[0], []
     for bf16, mkldnn in ((False, True), (False, True), (True, True), (False, False)):
         monkeypatch.setattr(hfd, "fast_bf16", lambda device: bf16)
         with torch.backends.mkldnn.flags(enabled=mkldnn):   # without: sums in another order
@@ -212,7 +212,7 @@ def test_pixels_hardly_depend_on_the_machine(shipped, monkeypatch):
 def test_a_gpu_decodes_the_same(shipped):
     """A file made on a CPU decodes on a GPU to the same symbols, and pixels that hardly differ."""
     models = shipped, hfd.load_model(sample.MODEL, "cuda")
-    data, _ = sample.compress(sample.portrait().crop((300, 400, 492, 592)), shipped, 2)
+    data, _ = sample.compress(common.portrait().crop((300, 400, 492, 592)), shipped, 2)
     header = sample.parse(data, "file")
     k, on_gpu = (sample.decode_latent(header, model, "file")[0].cpu() for model in models)
     a, b = (np.asarray(sample.decompress(data, model)[0], int) for model in models)

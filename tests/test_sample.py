@@ -15,6 +15,7 @@ from conftest import contents, memory_within, refusal
 
 import hfd
 import sample
+from figures import metrics
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_any_size_round_trips(size, photo, model):
         assert abs(payload - estimated) <= 0.002 * estimated + 2
         assert round(file) == len(data) == round(payload) + sample.HEADER_BYTES
         blurry, _ = sample.decompress(data, model, rho=0)
-        assert blurry.size == size and blurry.mode == "RGB" and sample.psnr(image, blurry) > 13
+        assert blurry.size == size and blurry.mode == "RGB" and metrics.psnr(image, blurry) > 13
     assert decode(data, model).shape == (size[1], size[0], 3)
 
 
@@ -51,8 +52,7 @@ def test_same_input_same_bytes_same_pixels(photo, model, data):
     assert sample.compress(photo, model, 2, seed=7)[0] == data
     std = model.diffusion.residual_std[1].square().mean().sqrt().item()
     eta = hfd.RELATIVE_ETA * std                                                    # the default
-    ways = ({}, {"sampler": "ddpm"}, {"sampler": "ddim"}, {"eta": 2 * eta},
-            {"grouped": True, "patch": 32})
+    ways = {}, {"sampler": "ddpm"}, {"sampler": "ddim"}, {"eta": 2 * eta}
     drawn = [decode(data, model, **way) for way in ways]
     assert all((a == decode(data, model, seed=7, **way)).all() for a, way in zip(drawn, ways))
     assert len({a.tobytes() for a in drawn}) == len(ways)
@@ -255,10 +255,9 @@ def test_compress_info_decompress(desk, tiny_model, model, data, capsys):
     said = printed("info new.hfd")
     assert "100x75" in said and model.identity.hex() in said and str(len(data)) in said
     every = {"steps": 2, "seed": 8, "sampler": "ddpm", "eta": 0.5, "patch": 32, "context": 0}
-    for settings in ({"steps": 2}, {"rho": 0}, every, every | {"grouped": True}):
+    for settings in ({"steps": 2}, {"rho": 0}, every):
         flags = " ".join(f"--{name} {value}" for name, value in settings.items())
-        printed(f"decompress new.hfd new.png --force --model {tiny_model} " +
-                flags.removesuffix(" True"))
+        printed(f"decompress new.hfd new.png --force --model {tiny_model} {flags}")
         assert (np.asarray(Image.open("new.png")) == decode(data, model, **settings)).all()
     printed(f"compress photo.png plus.hfd --plus --model {tiny_model}")
     assert "map in blocks of 64" in printed("info plus.hfd")

@@ -1,4 +1,5 @@
 """What train.py promises: it learns, nothing is lost, and mistakes are told in one line."""
+import argparse
 import os
 import shutil
 import signal
@@ -92,7 +93,8 @@ def saved(folder, part="autoencoder"):
 
 def read(path):
     """The pictures there, as training has them."""
-    return train.Photos(path, 64, torch.device("cpu"), 100, 0.5, seed=0)
+    args = argparse.Namespace(images=path, megapixels=100, variety=0.5, seed=0)
+    return train.Photos(args, 64, torch.device("cpu"))
 
 
 def test_dead_leaves_look_like_photographs():
