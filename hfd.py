@@ -509,8 +509,8 @@ def flow_log_snr_at(t, eta):
     Gao 2023). A point on the line is z times a constant. An Euler step along it is a DDIM step. And
     eps - x = (sigma - alpha) z + (alpha + sigma) v, where z is known: the loss has another weight,
     (alpha + sigma)^2, which lies between 1 and 2, and which we leave out. With eta other than 1 the
-    line is straight in t' = eta t / (1 - t + eta t): the same path, in other steps. Then uniform t
-    is not uniform t', and the flow's own weight is another."""
+    line is straight in t' = eta t / (1 - t + eta t): the same path, in other steps. But uniform t
+    is not uniform t', so (alpha + sigma)^2 is no longer the flow's own weight."""
     return (-2 * torch.log(eta * t / (1 - t))).clamp(-15, 15)
 
 
@@ -748,7 +748,8 @@ def load_model(folder, device="cpu"):
         model = Model(torch.device(device), autoencoder, tables, hashlib.sha256(data).digest()[:4],
                       {"autoencoder": about["recipe"]})
         # A forged configuration may not fit together: so make 16x16 pixels, at the last level.
-        last, x = len(autoencoder.lambdas) - 1, autoencoder.log_step.new_zeros(1, 3, CELL, CELL)
+        last = len(autoencoder.lambdas) - 1
+        x = autoencoder.log_step.new_zeros(1, 3, CELL, CELL)                        # (1, 3, 16, 16)
         x_hat = autoencoder.decode(autoencoder.encode(x, last), last)               # (1, 3, 16, 16)
         path = os.path.join(folder, "denoiser.npz")
         if os.path.exists(path):

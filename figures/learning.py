@@ -12,8 +12,8 @@ from hfd import HFDError
 
 
 def tenfold(seen, values):
-    """How many per cent of a distance ten times the training takes away (negative) if this goes on:
-    by the straight line that fits the logarithms of both best. None for a single point."""
+    """By how many per cent ten times the training would change a distance, if this goes on: by the
+    straight line that fits the logarithms of both best. None for a single point."""
     if len(seen) < 2:
         return None
     slope, _ = np.polyfit(np.log10(seen), np.log10(values), 1)

@@ -38,7 +38,8 @@ def theirs(run, name, setting, i, image):
 
 def measure(run):
     """All curves: {name: {setting: score}}, from low rates to high ones."""
-    curves, quick, other, diffusion = {}, run.args.quick, None, run.model.diffusion
+    curves, other = {}, None
+    quick, diffusion = run.args.quick, run.model.diffusion
     if run.args.factorized:
         other = hfd.load_model(run.args.factorized, run.device)
         a, b = ([*coder.analysis.parameters(), *coder.synthesis.parameters()]
