@@ -266,7 +266,7 @@ def check_target(path, force, size=None):
     if kind and not size:
         raise HFDError(f"{path}: its ending names a picture format; name an .hfd file")
     if size and max(size) > most:
-        raise HFDError(f"{path}: its ending names no format for so large a picture; try .png")
+        raise HFDError(f"{path}: its ending names no format for such a picture; try .png")
 
 
 # The command line ---------------------------------------------------------------------------------
